@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Sets up everything, then checks style and types and runs all tests: unit tests first, then real vLLM.
+#
+#   bash scripts/test.sh                          # everything, as CI does
+#   bash scripts/test.sh tests/unit -k fanout     # pytest alone, with these arguments
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$ROOT/scripts/setup_env.sh"
+cd "$ROOT"
+
+# Tests start engines, servers and draft processes; whatever way this script ends, none of them stays.
+trap stop_strays EXIT
+trap 'exit 130' INT TERM HUP
+
+FAILED=()
+
+# check NAME COMMAND...: goes on after a failure, so that one run shows all that is wrong.
+check_step() {
+  local name=$1
+  shift
+  step "$name"
+  "$@" || FAILED+=("$name")
+}
+
+# run_tests LIMIT_SECONDS PYTEST_ARGUMENTS...: the limit is the last resort behind each test's own (pyproject.toml).
+# In the background, because bash runs a trap only between commands and `wait` can be interrupted.
+run_tests() {
+  local limit=$1 rc=0
+  shift
+  timeout --kill-after=20 "$limit" python -m pytest "$@" &
+  wait $! || rc=$?
+  if (( rc == 124 || rc == 137 )); then echo "the tests did not end within ${limit} s" >&2; fi
+  return "$rc"
+}
+
+# stage NAME LIMIT_SECONDS FOLDERS...: the tests of those folders that exist.
+stage() {
+  local name=$1 limit=$2 folder folders=()
+  shift 2
+  for folder in "$@"; do
+    if compgen -G "$folder/test_*.py" >/dev/null; then folders+=("$folder"); fi
+  done
+  (( ${#folders[@]} )) || return 0
+  step "$name: ${folders[*]}"
+  run_tests "$limit" --durations=5 "${folders[@]}" || FAILED+=("$name")
+  stop_strays
+}
+
+if (( $# )); then
+  run_tests 3600 "$@"
+  exit
+fi
+
+check_step "style: ruff check" ruff check .
+check_step "style: ruff format" ruff format --check --quiet .
+check_step "types: mypy" mypy
+stage "unit tests" 300 tests/unit
+# The costly part, only on sound ground.
+if (( ! ${#FAILED[@]} )); then
+  stage "tests with vLLM" 840 tests/e2e tests/v2 tests/faults tests/gpu
+fi
+
+if (( ${#FAILED[@]} )); then
+  step "failed: $(printf '%s; ' "${FAILED[@]}")"
+  exit 1
+fi

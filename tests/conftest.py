@@ -1,0 +1,39 @@
+"""Marks tests by their folder and gives every engine started by a test a safe environment."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+MARKED_FOLDERS = ("unit", "e2e", "v2", "faults", "gpu")
+
+# Before any test imports vLLM, and inherited by every process that a test starts. The reasons are in
+# scripts/setup_env.sh, which sets the same for the scripts; these make plain `pytest` do as well.
+for name, value in {
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": str(min(os.sched_getaffinity(0))),
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}.items():
+    os.environ.setdefault(name, value)
+
+
+def has_gpu() -> bool:
+    """Asked of the system, not of torch: collecting the tests must stay quick."""
+    return Path("/dev/nvidia0").exists()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    without_gpu = pytest.mark.skip(reason="no CUDA device on this machine")
+    for item in items:
+        folder = item.path.relative_to(TESTS).parts[0]
+        if folder in MARKED_FOLDERS:
+            item.add_marker(folder)
+        if item.get_closest_marker("gpu") and not has_gpu():
+            item.add_marker(without_gpu)
