@@ -12,9 +12,17 @@ fail() { printf '[%4ds] error: %s\n' "$SECONDS" "$*" >&2; exit 1; }
 # have process groups and parents of their own, so the mark is the one sure way to tell ours from other people's.
 export SSD_RUN_MARK="ssd-$$-${RANDOM}${RANDOM}"
 
+# With shell builtins alone: a grep would find itself.
 marked_processes() {
-  # Processes end while we look, which is no error; this shell itself was started without the mark.
-  { grep -lsz "^SSD_RUN_MARK=${SSD_RUN_MARK}\$" /proc/[0-9]*/environ || true; } | cut -d/ -f3
+  local environ entries
+  for environ in /proc/[0-9]*/environ; do
+    # Processes end while we look and not all may be read; neither is an error.
+    { mapfile -d '' -t entries <"$environ"; } 2>/dev/null || continue
+    if [[ " ${entries[*]} " == *" SSD_RUN_MARK=${SSD_RUN_MARK} "* ]]; then
+      environ=${environ%/environ}
+      echo "${environ#/proc/}"
+    fi
+  done
 }
 
 # stop_strays: ends what this script started and what is still there; nothing else.

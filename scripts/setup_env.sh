@@ -78,8 +78,32 @@ make_venv() {
   "$python" -m venv --clear "$SSD_VENV"
 }
 
+# pip_install ARGUMENTS...: what pip says goes to a log; what it has done so far is told now and then.
+# --no-compile: imports compile what they use, and that is a small part of these packages.
 pip_install() {
-  "$SSD_VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-input --no-deps "$@"
+  local log="$SSD_VENV/pip.log" job tick=0
+  "$SSD_VENV/bin/python" -m pip install --disable-pip-version-check --no-input --progress-bar off \
+    --no-deps --no-compile "$@" >"$log" 2>&1 &
+  job=$!
+  while kill -0 "$job" 2>/dev/null; do
+    sleep 0.5
+    (( ++tick % 40 )) || step "    $(pip_progress "$log")"
+  done
+  wait "$job"
+}
+
+pip_progress() {
+  if grep -q '^Installing collected' "$1"; then
+    echo "unpacking them"
+  else
+    echo "$(grep -cE '^Collecting|^Requirement already' "$1") of them fetched"
+  fi
+}
+
+# pip_failed WHAT...: the end of pip's log, then out.
+pip_failed() {
+  grep -v '^WARNING' "$SSD_VENV/pip.log" | tail -n 15 >&2
+  fail "$@"
 }
 
 install_torch() {
@@ -87,19 +111,18 @@ install_torch() {
   torch=$(grep '^torch==' "$SSD_LOCK")
   step "installing $torch (about 200 MB)"
   # First as this machine's own pip configuration has it: a mirror or a folder of wheels may hold the CPU build.
-  if pip_install "$torch" 2>"$SSD_VENV/torch.log"; then return; fi
+  if pip_install "$torch"; then return; fi
   if [[ -z ${PYTORCH_CPU_INDEX:-} ]]; then
-    tail -n 3 "$SSD_VENV/torch.log" >&2
-    fail "pip finds no $torch: set PYTORCH_CPU_INDEX to the URL of PyTorch's CPU wheel index" \
-      "(the one ending in /whl/cpu that PyTorch's install page shows for pip, Linux, CPU) and run this again"
+    pip_failed "pip cannot install $torch. If it does not find it: set PYTORCH_CPU_INDEX to the URL of PyTorch's CPU" \
+      "wheel index (the one ending in /whl/cpu that PyTorch's install page shows for pip, Linux, CPU) and run this again"
   fi
   step "pip did not find it by itself; adding PyTorch's CPU wheel index"
-  pip_install --extra-index-url "$PYTORCH_CPU_INDEX" "$torch"
+  pip_install --extra-index-url "$PYTORCH_CPU_INDEX" "$torch" || pip_failed "pip cannot install $torch"
 }
 
 install_locked() {
-  step "installing the $(grep -c '==' "$SSD_LOCK") pinned packages of requirements/cpu.lock (vLLM, tools)"
-  pip_install -r "$SSD_LOCK"
+  step "installing the $(grep -c '^[a-zA-Z].*==' "$SSD_LOCK") pinned packages of requirements/cpu.lock (vLLM and tools)"
+  pip_install -r "$SSD_LOCK" || pip_failed "pip cannot install requirements/cpu.lock"
   # An environment that had the CUDA companions before (trap 2) must lose them.
   "$SSD_VENV/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec 2>/dev/null
 }
@@ -107,7 +130,7 @@ install_locked() {
 # Editable, so that tests and scripts run this checkout. setuptools comes from the lock, hence no build isolation.
 install_package() {
   step "installing vllm-ssd from this checkout"
-  pip_install --no-build-isolation --editable "$SSD_ROOT"
+  pip_install --no-build-isolation --editable "$SSD_ROOT" || pip_failed "pip cannot install vllm-ssd"
 }
 
 name_vllm() {
