@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Small shell functions that the scripts share. Source it; it runs nothing.
 
 SECONDS=0
