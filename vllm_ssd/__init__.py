@@ -1,0 +1,22 @@
+"""Speculative Speculative Decoding (SSD, arXiv 2603.03251) as a vLLM plugin."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+
+
+def register() -> None:
+    """Make the method "ssd" known to vLLM; the `vllm.general_plugins` entry point.
+
+    vLLM calls it in every process that it starts, more than once and before anything else, so it is
+    idempotent and cheap. On a version of vLLM that is not supported nothing changes, except that asking for
+    method "ssd" gets one clear error.
+    """
+    from vllm_ssd import compat
+
+    if compat.is_supported_version():
+        compat.add_method_ssd()
+        compat.mend_cpu_sampling()
+        compat.add_metrics()
+    else:
+        compat.refuse_method_ssd()

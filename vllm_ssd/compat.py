@@ -1,0 +1,194 @@
+"""Every change made to vLLM and every internal that moves between its versions, one function each.
+
+Each function says why it exists, where upstream stands, and when it can go. A patch looks up what it
+replaces by name first, so that a rename upstream fails loudly here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+SUPPORTED_VERSIONS = ("0.32.", "0.33.")
+_MARK = "_vllm_ssd"
+
+
+def is_supported_version() -> bool:
+    """Whether the installed vLLM is one this package was written for."""
+    import vllm
+
+    return vllm.__version__.startswith(SUPPORTED_VERSIONS)
+
+
+def add_method_ssd() -> None:
+    """Build an `SSDSpeculativeConfig` where method "ssd" is asked for.
+
+    Why: `SpeculativeConfig.method` is a closed list and the only place that constructs it is
+    `EngineArgs.create_speculative_config`; out-of-tree proposers can only be a `custom_class`, which sees
+    neither request ids nor finished requests (https://github.com/vllm-project/vllm/issues/36219).
+    Goes when vLLM lets plugins register a speculative method.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    stock = EngineArgs.create_speculative_config
+    if hasattr(stock, _MARK):
+        return
+
+    def create_speculative_config(self: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
+        if not _asks_for_ssd(self):
+            return stock(self, target_model_config, target_parallel_config)
+        from vllm_ssd.config import create_ssd_config
+
+        return create_ssd_config(self, target_model_config, target_parallel_config)
+
+    setattr(create_speculative_config, _MARK, True)
+    EngineArgs.create_speculative_config = create_speculative_config
+
+
+def refuse_method_ssd() -> None:
+    """On an unsupported vLLM: one clear error for method "ssd", no change for anybody else."""
+    import vllm
+    from vllm.engine.arg_utils import EngineArgs
+
+    stock = EngineArgs.create_speculative_config
+    if hasattr(stock, _MARK):
+        return
+
+    def create_speculative_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _asks_for_ssd(self):
+            versions = " and ".join(f"{version}x" for version in SUPPORTED_VERSIONS)
+            raise ValueError(f"method 'ssd' needs vLLM {versions}; this is vLLM {vllm.__version__}")
+        return stock(self, *args, **kwargs)
+
+    setattr(create_speculative_config, _MARK, True)
+    EngineArgs.create_speculative_config = create_speculative_config
+
+
+def _asks_for_ssd(engine_args: Any) -> bool:
+    return (engine_args.speculative_config or {}).get("method") == "ssd"
+
+
+def mend_cpu_sampling() -> None:
+    """Repair the expansion of per-request sampling parameters to draft rows on CPU.
+
+    Failure: `vllm.utils.cpu_triton_utils._expand_kernel_impl` hands its kernel an int64 *copy* of the output
+    and drops it, so temperature, top_k and top_p of all speculated rows are uninitialised memory, and every
+    speculative method samples from the wrong distribution at temperature > 0. Still so in 0.33.
+    tests/e2e/test_exactness.py shows the fault and the mend. Goes when upstream writes its result back.
+    """
+    from vllm.utils import cpu_triton_utils
+
+    stock = cpu_triton_utils._expand_kernel_impl
+    if hasattr(stock, _MARK):
+        return
+
+    def expand(
+        output: torch.Tensor,  # [num_tokens]
+        input_val: torch.Tensor,  # [batch]
+        cu_num_tokens: torch.Tensor,  # [batch], cumulative
+        replace_from: int,
+        replace_to: int,
+        MAX_NUM_TOKENS: int | None = None,  # the Triton kernel's block size, unused here
+    ) -> None:
+        counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1)).long()
+        replaced = torch.where(input_val == replace_from, torch.full_like(input_val, replace_to), input_val)
+        output.copy_(torch.repeat_interleave(replaced, counts))
+
+    setattr(expand, _MARK, stock)
+    cpu_triton_utils._expand_kernel_impl = expand
+
+
+def add_metrics() -> None:
+    """Show SSD's counters beside vLLM's own speculative metrics, on /metrics and in the log line.
+
+    Why: the worker has no channel of its own to the frontend's metrics; vLLM builds its speculative metrics
+    from these two names. Goes when vLLM lets plugins add to `SchedulerStats`.
+    """
+    from vllm.v1.metrics import loggers
+
+    stock_prometheus = loggers.PrometheusStatLogger._spec_decoding_cls
+    stock_init = loggers.LoggingStatLogger.__init__
+    if hasattr(stock_init, _MARK):
+        return
+    from vllm_ssd.metrics import SSDSpecDecodingLogging, ssd_prometheus_class
+
+    def __init__(self: Any, vllm_config: Any, engine_index: int = 0) -> None:
+        stock_init(self, vllm_config, engine_index)
+        speculative_config = vllm_config.speculative_config
+        if getattr(speculative_config, "method", None) == "ssd":
+            self.spec_decoding_logging = SSDSpecDecodingLogging(self.spec_decoding_logging, speculative_config)
+
+    setattr(__init__, _MARK, True)
+    loggers.LoggingStatLogger.__init__ = __init__
+    loggers.PrometheusStatLogger._spec_decoding_cls = ssd_prometheus_class(stock_prometheus)
+
+
+@contextmanager
+def cpu_runner_class(runner_class: type) -> Iterator[None]:
+    """Let `CPUWorker.init_device` build our model runner.
+
+    Why: the CPU worker names its runner class in code, where the GPU worker has `_make_model_runner`.
+    Goes when the CPU worker gets the same hook.
+    """
+    from vllm.v1.worker import cpu_worker
+
+    stock = cpu_worker.CPUModelRunner
+    cpu_worker.CPUModelRunner = runner_class
+    try:
+        yield
+    finally:
+        cpu_worker.CPUModelRunner = stock
+
+
+@contextmanager
+def no_stock_drafter(speculative_config: Any, drafter: object) -> Iterator[None]:
+    """Let `GPUModelRunner.__init__` (V1) accept a method it does not know, with `drafter` in its place.
+
+    Why: the V1 runner raises on methods outside its list; "custom_class" is the one that builds nothing else.
+    Goes with the V1 runner, or when vLLM lets plugins register a speculative method.
+    """
+    from vllm.v1.worker import gpu_model_runner
+
+    stock = gpu_model_runner.create_custom_proposer
+    gpu_model_runner.create_custom_proposer = lambda vllm_config: drafter
+    method, speculative_config.method = speculative_config.method, "custom_class"
+    try:
+        yield
+    finally:
+        speculative_config.method = method
+        gpu_model_runner.create_custom_proposer = stock
+
+
+def kv_cache_config(vllm_config: Any, specs: dict[str, Any], memory_bytes: int) -> Any:
+    """Plan one worker's KV cache; the planning helpers moved in 0.33."""
+    try:
+        from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
+    except ImportError:
+        from vllm.v1.core.kv_cache_planning import get_kv_cache_configs
+    return get_kv_cache_configs(vllm_config, [specs], [memory_bytes])[0]
+
+
+def supported_kv_cache_layouts(vllm_config: Any) -> list[str]:
+    """Names of the KV layouts that the loaded model's attention backends share, preferred first.
+
+    Why: vLLM has this as `WorkerBase.get_supported_kv_cache_layouts` only, and the draft has no worker.
+    """
+    from vllm.v1.worker import worker_base
+
+    backends = worker_base.get_current_attn_backends(vllm_config)
+    return [layout.name for layout in worker_base.get_supported_kv_cache_layouts(backends)]
+
+
+def match_ngram(tokens: Any, min_n: int, max_n: int, max_model_len: int, num_tokens: int) -> list[int]:
+    """vLLM's own n-gram matcher on one request: what followed the longest earlier match of its suffix.
+
+    Why: `NgramProposer` proposes for whole batches and warms up for them; a miss concerns single rows.
+    """
+    from vllm.v1.spec_decode.ngram_proposer import _find_longest_matched_ngram_and_propose_tokens
+
+    return _find_longest_matched_ngram_and_propose_tokens(
+        tokens, min_n, max_n, max_model_len, num_tokens
+    ).tolist()

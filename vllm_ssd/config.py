@@ -1,0 +1,232 @@
+"""SSDSpeculativeConfig: every option of method "ssd", its default, its check, and every refusal."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from pydantic import Field
+from vllm.config.speculative import SpeculativeConfig
+from vllm.config.utils import config
+from vllm.platforms import current_platform
+
+GIB = 1 << 30
+MAX_SPECULATIVE_TOKENS = 16
+
+# Options of SpeculativeConfig that belong to other methods: name -> the only value SSD takes.
+_FIXED_OPTIONS: dict[str, Any] = {
+    "draft_sample_method": "greedy",
+    "rejection_sample_method": "standard",
+    "use_heterogeneous_vocab": False,
+    "parallel_drafting": False,
+    "disable_padded_drafter_batch": False,
+    "num_speculative_tokens_per_batch_size": None,
+    "enable_adaptive_verification": False,
+    "draft_load_config": None,
+    "moe_backend": None,
+    "attention_backend": None,
+}
+
+
+@config
+class SSDSpeculativeConfig(SpeculativeConfig):
+    """Configuration of Speculative Speculative Decoding.
+
+    Only `model` and `num_speculative_tokens` are needed. The options of `SpeculativeConfig` that concern the
+    draft model (`max_model_len`, `quantization`, `revision`, ...) keep their meaning.
+    """
+
+    method: Literal["ssd"] | None = "ssd"  # type: ignore[assignment]
+    ssd_branch_budget: int = Field(default=15, ge=1, le=4096)
+    """Branches per request: outcomes of a verification that the draft speculates for."""
+    ssd_fanout: list[int] | None = None
+    """Branches for each accepted length k = 0..K, K + 1 numbers. Default: the budget spread evenly."""
+    ssd_max_rows: int = Field(default=32, ge=1, le=65536)
+    """Rows of one draft step over all requests. More requests than fit share it, each with fewer branches;
+    so a draft round keeps fitting inside one verification."""
+    ssd_fallback: Literal["none", "ngram"] = "none"
+    """Drafts of a row whose outcome was not foreseen: none (one exact autoregressive step), or n-gram."""
+    ssd_draft_cores: str | None = None
+    """CPU cores of the draft process, as in "1" or "8-11,15". Default: the last core the target leaves."""
+    ssd_draft_memory: float = Field(default=0.5, gt=0)
+    """GiB of KV cache in the draft process."""
+    ssd_prefill_chunk: int = Field(default=256, ge=1)
+    """Prompt tokens the draft prefills in one step, over all requests, between rounds of the others."""
+    ssd_wait_ms: float = Field(default=0.0, ge=0, le=1000)
+    """Longest time the target waits in a round for a foreseen outcome's drafts to reach full depth."""
+    ssd_ready_timeout: float = Field(default=300.0, gt=0)
+    """Seconds the draft process may take to load before the start-up fails."""
+    ssd_stall_timeout: float = Field(default=2.0, gt=0)
+    """Seconds without a sign of life after which the target stops asking the draft."""
+    ssd_max_restarts: int = Field(default=3, ge=0)
+    """How often a draft process that died is started again."""
+    ssd_shared_dir: str | None = None
+    """Folder for the memory that target and draft share; default: one of its own in /dev/shm."""
+
+    __repr__ = SpeculativeConfig.__repr__
+
+    def __post_init__(self) -> None:
+        _refuse_foreign_options(self)
+        with _presented_as_draft_model(self):
+            super().__post_init__()
+        _check_platform(self)
+        _check_models(self)
+        _check_branches(self)
+        if self.ssd_shared_dir is None:
+            memory = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
+            self.ssd_shared_dir = os.path.join(memory, f"vllm-ssd-{uuid.uuid4().hex[:12]}")
+        self.ssd_draft_cores = _format_cores(_choose_draft_cores(self))
+
+    def draft_shares_target_positions(self) -> bool:
+        """The draft keeps its own positions, so vLLM 0.33 must not shorten the target to its length."""
+        return True
+
+
+def create_ssd_config(engine_args: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
+    """Build the config from what the user gave; called where vLLM builds its own `SpeculativeConfig`."""
+    options = {name.replace("-", "_"): value for name, value in engine_args.speculative_config.items()}
+    ssd = SSDSpeculativeConfig(
+        **options, target_model_config=target_model_config, target_parallel_config=target_parallel_config
+    )
+    if target_parallel_config.worker_cls != "auto":
+        raise ValueError(f"method 'ssd' brings its own worker; remove worker_cls={target_parallel_config.worker_cls!r}")
+    target_parallel_config.worker_cls = "vllm_ssd.worker.SSDWorker"
+    engine_args.async_scheduling = False  # the V1 runner hands async drafters an empty list of tokens
+    _leave_cores_to_draft(parse_cores(ssd.ssd_draft_cores))
+    return ssd
+
+
+def parse_cores(text: str) -> list[int]:
+    """ "0,4-6" -> [0, 4, 5, 6].
+
+    Raises:
+        ValueError: if the text is not a list of core numbers and ranges.
+    """
+    cores: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        try:
+            cores.extend(range(int(first), int(last if dash else first) + 1))
+        except ValueError:
+            raise ValueError(f"ssd_draft_cores={text!r} is not of the form '1' or '8-11,15'") from None
+    return cores
+
+
+def _format_cores(cores: list[int]) -> str:
+    return ",".join(map(str, cores))
+
+
+@contextmanager
+def _presented_as_draft_model(ssd: SSDSpeculativeConfig) -> Iterator[None]:
+    """Reuse what vLLM does for method "draft_model": the draft's model and parallel configs."""
+    ssd.method = "draft_model"  # type: ignore[assignment]
+    try:
+        yield
+        if ssd.method != "draft_model":  # vLLM sniffs EAGLE and its kin from the draft's name
+            raise ValueError(f"method 'ssd' needs a stand-alone draft model; {ssd.model!r} is of kind {ssd.method!r}")
+    finally:
+        ssd.method = "ssd"
+
+
+def _refuse_foreign_options(ssd: SSDSpeculativeConfig) -> None:
+    if ssd.model is None:
+        raise ValueError("method 'ssd' needs a draft: set 'model' in the speculative config")
+    if ssd.num_speculative_tokens is None:
+        raise ValueError("method 'ssd' needs 'num_speculative_tokens' in the speculative config")
+    for name, only in _FIXED_OPTIONS.items():
+        value = getattr(ssd, name, only)
+        if value != only:
+            raise ValueError(f"method 'ssd' does not support {name}={value!r}; remove it")
+
+
+def _check_platform(ssd: SSDSpeculativeConfig) -> None:
+    if not current_platform.is_cpu():
+        raise ValueError("this version of method 'ssd' runs on the CPU only; its CUDA path is not released yet")
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+        raise ValueError("this version of method 'ssd' needs the V1 model runner; unset VLLM_USE_V2_MODEL_RUNNER")
+    parallel = ssd.target_parallel_config
+    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+        if getattr(parallel, name) != 1:
+            raise ValueError(f"this version of method 'ssd' needs {name}=1, not {getattr(parallel, name)}")
+    if ssd.draft_tensor_parallel_size not in (None, 1):
+        raise ValueError("the draft runs on one device; remove draft_tensor_parallel_size")
+
+
+def _check_models(ssd: SSDSpeculativeConfig) -> None:
+    target, draft = ssd.target_model_config, ssd.draft_model_config
+    target_vocab, draft_vocab = target.get_vocab_size(), draft.get_vocab_size()
+    if target_vocab != draft_vocab:
+        raise ValueError(
+            f"target and draft need the same vocabulary: {target_vocab} and {draft_vocab} tokens; choose a draft "
+            "of the target's family"
+        )
+    unsupported = {
+        "is a multimodal model": draft.is_multimodal_model,
+        "is an encoder-decoder model": draft.is_encoder_decoder,
+        "has recurrent layers": draft.has_inner_state,
+        "uses latent attention (MLA)": draft.use_mla,
+        "uses sliding-window attention": draft.get_sliding_window() is not None,
+    }
+    for what, is_so in unsupported.items():
+        if is_so:
+            raise ValueError(f"the draft {draft.model!r} {what}; choose a decoder with full attention only")
+
+
+def _check_branches(ssd: SSDSpeculativeConfig) -> None:
+    k, budget, fanout = ssd.num_speculative_tokens, ssd.ssd_branch_budget, ssd.ssd_fanout
+    if k > MAX_SPECULATIVE_TOKENS:
+        raise ValueError(f"num_speculative_tokens={k} is more than {MAX_SPECULATIVE_TOKENS}, which never pays; lower it")
+    if k >= ssd.draft_model_config.max_model_len:
+        raise ValueError(f"num_speculative_tokens={k} does not fit the draft's {ssd.draft_model_config.max_model_len}")
+    if fanout is None:
+        if budget < k + 1:
+            raise ValueError(
+                f"ssd_branch_budget={budget} is less than the {k + 1} outcomes of num_speculative_tokens={k}; "
+                "raise it or give ssd_fanout"
+            )
+        return
+    if len(fanout) != k + 1:
+        raise ValueError(f"ssd_fanout needs {k + 1} numbers (k = 0..{k}), not {len(fanout)}")
+    if min(fanout) < 0 or max(fanout) > draft_vocab_limit(ssd):
+        raise ValueError(f"ssd_fanout={fanout} has a number outside 0..{draft_vocab_limit(ssd)}")
+    if sum(fanout) != budget:
+        raise ValueError(f"ssd_fanout sums to {sum(fanout)}; set ssd_branch_budget={sum(fanout)}")
+
+
+def draft_vocab_limit(ssd: SSDSpeculativeConfig) -> int:
+    """The most candidates one position can have: every token but the one that was sent."""
+    return ssd.draft_model_config.get_vocab_size() - 1
+
+
+def _choose_draft_cores(ssd: SSDSpeculativeConfig) -> list[int]:
+    allowed = sorted(os.sched_getaffinity(0))
+    if ssd.ssd_draft_cores is not None:
+        cores = parse_cores(ssd.ssd_draft_cores)
+        missing = sorted(set(cores) - set(allowed))
+        if missing:
+            raise ValueError(f"ssd_draft_cores={ssd.ssd_draft_cores!r}: this process has no core {missing[0]}, only {allowed}")
+        return cores
+    left = sorted(set(allowed) - _target_cores())
+    return [(left or allowed)[-1]]
+
+
+def _target_cores() -> set[int]:
+    """Cores the user bound the target to; empty where vLLM is left to choose."""
+    binding = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto")
+    if binding in ("", "auto", "nobind"):
+        return set()
+    return {core for part in binding.split("|") for core in parse_cores(part)}
+
+
+def _leave_cores_to_draft(draft_cores: list[int]) -> None:
+    """Bind the target to the remaining cores unless the user bound it: sharing one core with the draft, or
+    OpenMP threads of both on all cores, is many times slower than no speculation at all."""
+    if os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto") != "auto":
+        return
+    rest = sorted(os.sched_getaffinity(0) - set(draft_cores))
+    if rest:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = _format_cores(rest)

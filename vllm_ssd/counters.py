@@ -1,0 +1,73 @@
+"""Named int64 counters in a shared file: each file has one writer, any process may read (pure)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+TARGET_COUNTERS_FILE = "target-counters"
+DRAFT_COUNTERS_FILE = "draft-counters"
+
+DRAFT_FIELDS = (
+    "heartbeat",  # loop iterations
+    "messages",  # messages read since this draft process began (reset by each)
+    "steps",
+    "step_ns",
+    "rows",  # rows of all steps
+    "prefill_tokens",
+    "branches",  # branches opened
+    "adopted",  # branches adopted: their outcome came true
+    "starved",  # times a request got no KV blocks
+)
+
+
+def target_fields(num_speculative_tokens: int) -> tuple[str, ...]:
+    """Counters of the target's half; those per k run over accepted lengths 0..K."""
+    accepted_lengths = range(num_speculative_tokens + 1)
+    return (
+        "rounds",  # steps in which some row had an outcome
+        "lookups",  # rows looked up in the outcome cache
+        "hits",  # ... that were foreseen and had drafts
+        "late",  # ... that were foreseen but had no draft token yet
+        "undrafted",  # rows with an outcome while there was no draft to ask
+        "drafts_served",  # draft tokens from the outcome cache
+        "fallback_none",
+        "fallback_ngram",
+        "wait_ns",  # time the target waited for the draft in rounds
+        "critical_path_ns",  # time the target spent on SSD in rounds, waiting included
+        "draft_restarts",
+        "draft_stalls",
+        "draft_alive",  # 1 while the draft answers
+        *(f"lookups_k{k}" for k in accepted_lengths),
+        *(f"hits_k{k}" for k in accepted_lengths),
+    )
+
+
+class Counters:
+    """A fixed list of named int64 values in one file.
+
+    Args:
+        path: the shared file.
+        fields: the names, the same in every process.
+        create: True in the process that owns the file; the others find it there.
+    """
+
+    def __init__(self, path: Path, fields: Sequence[str], *, create: bool) -> None:
+        mode = "w+" if create else "r+"
+        self._values = np.asarray(np.memmap(path, np.int64, mode, shape=(len(fields),)))
+        self._index = {name: index for index, name in enumerate(fields)}
+
+    def add(self, name: str, amount: int = 1) -> None:
+        self._values[self._index[name]] += amount
+
+    def set(self, name: str, value: int) -> None:
+        self._values[self._index[name]] = value
+
+    def __getitem__(self, name: str) -> int:
+        return int(self._values[self._index[name]])
+
+    def as_dict(self) -> dict[str, int]:
+        """All values by name, as one glance (not one instant) of the writer's progress."""
+        return dict(zip(self._index, self._values.tolist(), strict=True))

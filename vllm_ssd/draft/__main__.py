@@ -1,0 +1,69 @@
+"""python -m vllm_ssd.draft: the draft process.
+
+It reads one JSON line (`vllm_ssd.channel.Configure`) from standard input, loads its model, answers `Ready`
+or `Failed`, and serves until it is told to shut down or standard input closes, which happens when its
+parent dies in whatever way.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import msgspec
+
+from vllm_ssd.channel import PROTOCOL_VERSION, Channel, Configure, Failed, Ready, ToDraft
+
+
+def main() -> None:
+    """Run the draft process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the target, which then stops us
+    configure = msgspec.json.decode(sys.stdin.buffer.readline(), type=Configure)
+    os.sched_setaffinity(0, configure.cores)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    channel = Channel(configure.address, bind=False, receives=ToDraft)
+    try:
+        server = _build_server(configure, channel)
+    except Exception as error:
+        channel.send(Failed(f"{type(error).__name__}: {error}"))
+        channel.close(linger_ms=2000)
+        raise SystemExit(1) from error
+    server.run()
+    channel.close()
+
+
+def _build_server(configure: Configure, channel: Channel):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    if configure.protocol != PROTOCOL_VERSION:
+        raise ValueError(f"target speaks protocol {configure.protocol}, this draft {PROTOCOL_VERSION}")
+    # Only now: these import torch and vLLM, which read the cores and OpenMP variables set for this process.
+    from vllm_ssd import register
+    from vllm_ssd.counters import DRAFT_COUNTERS_FILE, DRAFT_FIELDS, Counters
+    from vllm_ssd.draft.engine import DraftEngine
+    from vllm_ssd.draft.server import DraftServer
+    from vllm_ssd.outcome import OutcomeCache
+
+    register()
+    engine = DraftEngine(configure)
+    cache = OutcomeCache(
+        Path(configure.table_dir),
+        configure.max_slots,
+        configure.branch_budget,
+        configure.num_speculative_tokens,
+        create=False,
+    )
+    counters = Counters(Path(configure.shared_dir) / DRAFT_COUNTERS_FILE, DRAFT_FIELDS, create=False)
+    counters.set("messages", 0)
+    channel.send(Ready(PROTOCOL_VERSION, engine.vocab_size, engine.num_blocks, engine.block_size))
+    return DraftServer(configure, engine, channel, cache, counters)
+
+
+def _exit_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

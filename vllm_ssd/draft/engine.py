@@ -1,0 +1,170 @@
+"""The draft model on vLLM's own loader, paged KV cache and attention backend.
+
+The engine knows rows and blocks, not requests: `forward` runs one step over a ragged batch of rows and
+returns the most likely next tokens. A branch of a request is simply a row whose block table shares the
+request's full blocks (see `vllm_ssd.draft.branches`), so any attention backend serves it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import vllm.ir
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.forward_context import set_forward_context
+from vllm.model_executor.model_loader import get_model
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.utils import resolve_kv_cache_layout
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
+from vllm.v1.worker.gpu.attn_utils import (
+    build_attn_metadata,
+    build_slot_mappings_by_layer,
+    get_kv_cache_spec,
+    init_attn_backend,
+    init_kv_cache,
+)
+from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
+
+from vllm_ssd.channel import Configure
+from vllm_ssd.compat import kv_cache_config, supported_kv_cache_layouts
+from vllm_ssd.draft.rows import Rows
+
+Int64Array = npt.NDArray[np.int64]
+
+
+class UnsupportedDraft(ValueError):
+    """The draft model cannot be run with branches; the message says why."""
+
+
+class DraftEngine:
+    """Owns the draft's weights and KV blocks and runs single steps.
+
+    Args:
+        configure: what the target's worker asks for (model, dtype, memory, see `vllm_ssd.channel`).
+
+    Raises:
+        UnsupportedDraft: if the model's layers are not all full attention: the state of a sliding-window
+            or recurrent layer cannot be shared block by block between branches.
+    """
+
+    def __init__(self, configure: Configure) -> None:
+        self.config = _engine_config(configure)
+        self.device = current_platform.device_type
+        _init_device(self.config)
+        with set_current_vllm_config(self.config):
+            self.model = get_model(vllm_config=self.config)
+            self.kv_cache_config = _plan_kv_cache(self.config, configure.memory_bytes)
+            self.attn_groups, _, block_sizes = init_attn_backend(
+                self.kv_cache_config, self.config, torch.device(self.device)
+            )
+            layers = self.config.compilation_config.static_forward_context
+            kv_caches = init_kv_cache(
+                layers, self.kv_cache_config, torch.device(self.device), block_sizes, self.config
+            )
+        self.block_size = self.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+        self.num_blocks = self.kv_cache_config.num_blocks
+        self.vocab_size = self.config.model_config.get_vocab_size()
+        self.max_model_len = self.config.model_config.max_model_len
+        self.kv_caches: list[torch.Tensor] = list(kv_caches.values())  # each [num_blocks, ...]
+        for cache in self.kv_caches:
+            if cache.shape[0] != self.num_blocks:
+                raise UnsupportedDraft(f"KV cache of shape {tuple(cache.shape)} is not ordered by block")
+
+    @torch.inference_mode()
+    def forward(self, rows: Rows, num_candidates: int) -> Int64Array:
+        """Run one step; the KV of every token of the batch is written to its row's blocks.
+
+        Returns:
+            [L, num_candidates] token ids, most likely first, for the wanted positions.
+        """
+        num_rows, num_tokens = len(rows.query_lens), len(rows.tokens)
+        query_start = np.zeros(num_rows + 1, dtype=np.int32)
+        np.cumsum(rows.query_lens, out=query_start[1:])
+        seq_lens = rows.positions[query_start[1:] - 1].astype(np.int32) + 1
+        row_of_token = np.repeat(np.arange(num_rows), rows.query_lens)
+        block, offset = np.divmod(rows.positions, self.block_size)
+        slots = rows.block_tables[row_of_token, block].astype(np.int64) * self.block_size + offset
+
+        query_start_cpu = torch.from_numpy(query_start)
+        positions = self._to_device(rows.positions)
+        slot_mapping = self._to_device(slots)[None, :]
+        metadata = build_attn_metadata(
+            self.attn_groups,
+            num_reqs=num_rows,
+            num_tokens=num_tokens,
+            query_start_loc_gpu=query_start_cpu.to(self.device),
+            query_start_loc_cpu=query_start_cpu,
+            max_query_len=int(rows.query_lens.max()),
+            seq_lens=self._to_device(seq_lens),
+            max_seq_len=int(seq_lens.max()),
+            block_tables=[self._to_device(rows.block_tables)],
+            slot_mappings=slot_mapping,
+            kv_cache_config=self.kv_cache_config,
+            seq_lens_cpu_upper_bound=torch.from_numpy(seq_lens),
+            positions=positions,
+        )
+        slots_by_layer = build_slot_mappings_by_layer(slot_mapping, self.kv_cache_config)
+        with set_forward_context(metadata, self.config, num_tokens=num_tokens, slot_mapping=slots_by_layer):
+            hidden = self.model(input_ids=self._to_device(rows.tokens), positions=positions)
+        if len(rows.wanted) == 0:
+            return np.empty((0, num_candidates), dtype=np.int64)
+        logits = self.model.compute_logits(hidden[self._to_device(rows.wanted)])
+        return torch.topk(logits, num_candidates, dim=-1).indices.cpu().numpy()
+
+    @torch.inference_mode()
+    def copy_blocks(self, sources: Int64Array, targets: Int64Array) -> None:
+        """Copy whole KV blocks in every layer: sources[i] -> targets[i], both [n]."""
+        source_index, target_index = self._to_device(sources), self._to_device(targets)
+        for cache in self.kv_caches:
+            cache.index_copy_(0, target_index, cache.index_select(0, source_index))
+
+    def _to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+
+def _engine_config(configure: Configure) -> VllmConfig:
+    # Every request has a trunk row and at least one branch, even where that is more than the rows asked for.
+    max_rows = configure.max_rows + 2 * configure.max_slots
+    args = EngineArgs(
+        model=configure.model,
+        tokenizer=configure.model,
+        skip_tokenizer_init=True,
+        max_num_seqs=max_rows,
+        max_num_batched_tokens=max_rows + configure.prefill_chunk,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+        **configure.engine_args,
+    )
+    return args.create_engine_config()
+
+
+def _init_device(config: VllmConfig) -> None:
+    """What a vLLM worker does before it loads a model, for a world of one process."""
+    if current_platform.is_cpu():
+        import vllm.v1.worker.cpu.shm  # noqa: F401  registers the CPU collectives that layers look up
+    current_platform.import_kernels()
+    config.kernel_config.ir_op_priority.set_default()
+    vllm.ir.set_default_torch_wrap(config.compilation_config.ir_enable_torch_wrap)
+    directory = tempfile.mkdtemp(prefix="vllm-ssd-")
+    with set_current_vllm_config(config):
+        init_worker_distributed_environment(
+            config, 0, f"file://{directory}/rendezvous", 0, current_platform.dist_backend
+        )
+
+
+def _plan_kv_cache(config: VllmConfig, memory_bytes: int) -> KVCacheConfig:
+    specs = get_kv_cache_spec(config)
+    if not all(type(spec) is FullAttentionSpec for spec in specs.values()):
+        kinds = sorted({type(spec).__name__ for spec in specs.values()})
+        raise UnsupportedDraft(f"draft layers are {', '.join(kinds)}; choose a draft with full attention only")
+    resolve_kv_cache_layout(config, [supported_kv_cache_layouts(config)], specs.values())
+    plan = kv_cache_config(config, specs, memory_bytes)
+    if len(plan.kv_cache_groups) != 1:
+        raise UnsupportedDraft("draft layers need KV caches of different kinds; choose a uniform draft")
+    return plan

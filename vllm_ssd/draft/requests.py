@@ -1,0 +1,225 @@
+"""What the draft knows of a request: its tokens, which of them have KV, and its branches (pure).
+
+The trunk is the confirmed tokens followed by the drafts that the target is verifying. An outcome either
+adopts a branch, whose blocks become the trunk's without recomputing anything, or rewinds the trunk to what
+it has in common with the outcome; what then has no KV yet is computed as part of the next step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_ssd.channel import RoundOutcome
+from vllm_ssd.draft.blocks import BlockPool
+from vllm_ssd.draft.branches import BranchGroup, choose_candidates, private_block_count
+
+Int64Array = npt.NDArray[np.int64]
+FanOut = Callable[[int], list[int]]  # number of sent drafts -> branches per accepted length
+
+
+@dataclass
+class BlockCopies:
+    """Whole-block copies to make before the next step, collected over requests."""
+
+    sources: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+
+
+class DraftRequest:
+    """One request of the target.
+
+    Args:
+        slot, epoch: its identity, see `vllm_ssd.outcome`.
+        tokens: its tokens so far.
+        pool: where its KV blocks come from.
+        num_speculative_tokens: K.
+        max_model_len: the draft's; a request beyond it gets no branches.
+    """
+
+    def __init__(
+        self,
+        slot: int,
+        epoch: int,
+        tokens: list[int],
+        pool: BlockPool,
+        num_speculative_tokens: int,
+        max_model_len: int,
+    ) -> None:
+        self.slot = slot
+        self.epoch = epoch
+        self.round = 0
+        self.tokens = tokens
+        self.num_confirmed = len(tokens)
+        self.groups: list[BranchGroup] = []
+        self.num_entries = 0  # branches opened this round
+        # candidates that follow the confirmed tokens and the first k drafts, for the k known so far
+        self.candidates: dict[int, Int64Array] = {}
+        self._forked: set[int] = set()
+        self._pool = pool
+        self._num_drafts = num_speculative_tokens
+        self._max_model_len = max_model_len
+        self._max_blocks = -(-max_model_len // pool.block_size)
+        # The last token is always computed, since its logits are wanted.
+        self.blocks = pool.reuse(tokens[:-1])
+        self.num_computed = len(self.blocks) * pool.block_size
+        self._remembered = False
+
+    @property
+    def num_sent(self) -> int:
+        """Drafts that the target is verifying."""
+        return len(self.tokens) - self.num_confirmed
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Trunk tokens without KV."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def fits(self) -> bool:
+        """Whether the draft's positions reach to the end of the trunk."""
+        return len(self.tokens) <= self._max_model_len
+
+    def reserve(self) -> bool:
+        """Make sure that the trunk's tokens have blocks; False if the pool is exhausted."""
+        missing = -(-len(self.tokens) // self._pool.block_size) - len(self.blocks)
+        if missing <= 0:
+            return True
+        blocks = self._pool.allocate(missing)
+        if blocks is None:
+            return False
+        self.blocks += blocks
+        return True
+
+    def block_table(self) -> npt.NDArray[np.int32]:
+        """[max_blocks]"""
+        table = np.zeros(self._max_blocks, dtype=np.int32)
+        table[: len(self.blocks)] = self.blocks
+        return table
+
+    def computed(self, num_tokens: int) -> None:
+        """KV of the next `num_tokens` trunk tokens has been written."""
+        self.num_computed += num_tokens
+        if not self._remembered and self.num_computed >= self.num_confirmed:
+            self._pool.remember(self.tokens[: self.num_confirmed], self.blocks)
+            self._remembered = True
+
+    def settle(self, outcome: RoundOutcome) -> bool:
+        """Take in the target's decision of this round; True if it adopted a branch."""
+        adopted = self._adopt(outcome)
+        if not adopted:
+            self._rewind(outcome)
+        self.round = outcome.round + 1
+        self.num_entries = 0
+        self._forked.clear()
+        return adopted
+
+    def fork(self, fan_out: list[int], copies: BlockCopies) -> BranchGroup | None:
+        """Fork branches for every accepted length whose candidates are known and that has none yet.
+
+        Args:
+            fan_out: [number of sent drafts + 1] branches per accepted length.
+            copies: gets the partial blocks to copy.
+
+        Returns:
+            The new branches, or None where there are none to make, or no blocks for them.
+        """
+        ks: list[int] = []
+        tokens: list[int] = []
+        for k in sorted(self.candidates.keys() - self._forked):
+            sent = self.tokens[self.num_confirmed + k] if k < self.num_sent else None
+            chosen = choose_candidates(self.candidates[k], sent, fan_out[k])
+            ks += [k] * len(chosen)
+            tokens += chosen.tolist()
+        self._forked |= self.candidates.keys()
+        if not ks or len(self.tokens) + self._num_drafts + 1 > self._max_model_len:
+            return None
+        group = self._fork(np.array(ks, dtype=np.int64), tokens, copies)
+        if group is not None:
+            self.groups.append(group)
+            self.num_entries += len(group)
+        return group
+
+    def can_fork(self) -> bool:
+        """Whether some accepted length has known candidates but no branches."""
+        return bool(self.candidates.keys() - self._forked)
+
+    def release(self) -> None:
+        """Give up all blocks; full blocks of confirmed tokens stay known for prefix reuse."""
+        self._release_branches()
+        self._pool.remember(self.tokens[: min(self.num_confirmed, self.num_computed)], self.blocks)
+        self._pool.release(self.blocks)
+        self.blocks = []
+        self.num_computed = 0
+
+    def _fork(self, ks: Int64Array, tokens: list[int], copies: BlockCopies) -> BranchGroup | None:
+        block_size, num_drafts = self._pool.block_size, self._num_drafts
+        roots = self.num_confirmed + ks
+        tables = np.tile(self.block_table(), (len(ks), 1))
+        counts = [private_block_count(root, num_drafts + 1, block_size) for root in roots.tolist()]
+        blocks = self._pool.allocate(sum(counts))
+        if blocks is None:
+            return None
+        private_blocks: list[list[int]] = []
+        num_shared: list[int] = []
+        for row, (root, count) in enumerate(zip(roots.tolist(), counts, strict=True)):
+            own, blocks = blocks[:count], blocks[count:]
+            shared, offset = divmod(root, block_size)
+            if offset:
+                copies.sources.append(self.blocks[shared])
+                copies.targets.append(own[0])
+            tables[row, shared : shared + count] = own
+            private_blocks.append(own)
+            num_shared.append(shared)
+        chains = np.zeros((len(ks), num_drafts + 2), dtype=np.int64)
+        chains[:, 0] = tokens
+        return BranchGroup(self.num_entries, ks, roots, chains, tables, num_shared, private_blocks)
+
+    def _adopt(self, outcome: RoundOutcome) -> bool:
+        k = len(outcome.tokens) - 1
+        if k > self.num_sent or outcome.tokens[:k] != self.tokens[self.num_confirmed :][:k]:
+            return False
+        for group in self.groups:
+            branch = group.find(k, outcome.tokens[k])
+            if branch is None or group.steps == 0:
+                continue
+            num_drafts = len(outcome.drafts)
+            if group.chains[branch, 1 : 1 + num_drafts].tolist() != outcome.drafts or num_drafts > group.steps:
+                continue
+            self._become(group, branch, outcome)
+            return True
+        return False
+
+    def _become(self, group: BranchGroup, branch: int, outcome: RoundOutcome) -> None:
+        root = int(group.roots[branch])
+        shared = group.num_shared[branch]
+        private, group.private_blocks[branch] = group.private_blocks[branch], []
+        self._release_branches()
+        self._pool.release(self.blocks[shared:])
+        self.blocks = self.blocks[:shared] + private
+        self.tokens[self.num_confirmed :] = outcome.tokens + outcome.drafts
+        self.num_confirmed = root + 1
+        self.num_computed = min(root + group.steps, len(self.tokens))
+        known = min(group.steps, self.num_sent + 1)
+        self.candidates = {k: group.candidates[k][branch] for k in range(known)}
+
+    def _rewind(self, outcome: RoundOutcome) -> None:
+        self._release_branches()
+        new = outcome.tokens + outcome.drafts
+        old = self.tokens[self.num_confirmed :]
+        common = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+        self.tokens[self.num_confirmed :] = new
+        self.num_computed = min(self.num_computed, self.num_confirmed + common)
+        self.num_confirmed += len(outcome.tokens)
+        # The last confirmed token is computed again where its KV was there already: its logits are wanted.
+        self.num_computed = min(self.num_computed, self.num_confirmed - 1)
+        self.candidates = {}
+
+    def _release_branches(self) -> None:
+        for group in self.groups:
+            for blocks in group.private_blocks:
+                self._pool.release(blocks)
+        self.groups = []

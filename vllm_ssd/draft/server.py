@@ -1,0 +1,245 @@
+"""The draft's loop: take in outcomes, adopt, fork, run one step, publish; between steps look for news.
+
+A step is one forward over everything there is to do: trunk tokens that have no KV yet (prompts, in chunks;
+recovery tokens after a miss; the tip of an adopted branch) and one row per branch. When all branches have
+their K drafts and nothing else is waiting, one more step computes the tips, so that after the outcome every
+accepted length can be forked at once.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_ssd.channel import Channel, Configure, Outcomes, Reset, RoundOutcome, Shutdown, Start, Stop, ToDraft
+from vllm_ssd.counters import Counters
+from vllm_ssd.draft.blocks import BlockPool
+from vllm_ssd.draft.branches import BranchGroup
+from vllm_ssd.draft.requests import BlockCopies, DraftRequest
+from vllm_ssd.draft.rows import Rows
+from vllm_ssd.fanout import listed_fanout, scale_fanout, uniform_fanout
+from vllm_ssd.outcome import OutcomeCache
+
+IDLE_POLL_MS = 200
+
+Int64Array = npt.NDArray[np.int64]
+
+
+class Engine(Protocol):
+    """What the server needs of the draft model (see `vllm_ssd.draft.engine.DraftEngine`)."""
+
+    block_size: int
+    num_blocks: int
+    vocab_size: int
+    max_model_len: int
+
+    def forward(self, rows: Rows, num_candidates: int) -> Int64Array: ...
+
+    def copy_blocks(self, sources: Int64Array, targets: Int64Array) -> None: ...
+
+
+@dataclass
+class TrunkRow:
+    """A stretch of a request's trunk to compute in this step."""
+
+    request: DraftRequest
+    num_tokens: int
+
+
+class DraftServer:
+    """Serves one target.
+
+    Args:
+        configure: what the target asked for.
+        engine: the draft model.
+        channel: messages from the target.
+        cache: the outcome cache to publish in.
+        counters: the draft's counters (`vllm_ssd.counters.DRAFT_FIELDS`).
+    """
+
+    def __init__(
+        self, configure: Configure, engine: Engine, channel: Channel, cache: OutcomeCache, counters: Counters
+    ) -> None:
+        self._configure = configure
+        self._engine = engine
+        self._channel = channel
+        self._cache = cache
+        self._counters = counters
+        self._pool = BlockPool(engine.num_blocks, engine.block_size)
+        self._requests: dict[int, DraftRequest] = {}  # by slot
+        self._num_drafts = configure.num_speculative_tokens
+        self._num_candidates = min(configure.branch_budget + 1, engine.vocab_size)
+        self._starved: set[int] = set()  # slots that wait for KV blocks
+
+    def run(self) -> None:
+        """Serve until told to shut down."""
+        busy = False
+        while True:
+            message = self._channel.receive(0 if busy else IDLE_POLL_MS)
+            while message is not None:
+                self._counters.add("messages")
+                if isinstance(message, Shutdown):
+                    return
+                self.handle(message)
+                message = self._channel.receive()
+            self._counters.add("heartbeat")
+            busy = self.step()
+
+    def handle(self, message: ToDraft) -> None:
+        """Take in one message; those of an epoch that is over are ignored."""
+        if isinstance(message, Start):
+            self._start(message)
+        elif isinstance(message, Outcomes):
+            for outcome in message.rows:
+                self._settle(outcome)
+        elif isinstance(message, Stop):
+            request = self._requests.get(message.slot)
+            if request is not None and request.epoch == message.epoch:
+                self._stop(message.slot)
+        elif isinstance(message, Reset):
+            for slot in list(self._requests):
+                self._stop(slot)
+
+    def step(self) -> bool:
+        """Fork what can be forked, run one forward, publish its tokens; False if there was nothing to do."""
+        self._fork()
+        trunk_rows = self._trunk_rows()
+        groups = self._groups(below=self._num_drafts)
+        if not trunk_rows and not groups:
+            groups = self._groups(below=self._num_drafts + 1)  # idle: compute the tips
+        if not trunk_rows and not groups:
+            return False
+        began = time.perf_counter_ns()
+        rows = _build_rows(trunk_rows, groups)
+        candidates = self._engine.forward(rows, self._num_candidates)
+        self._take_in(trunk_rows, groups, candidates)
+        self._counters.add("steps")
+        self._counters.add("rows", len(rows.query_lens))
+        self._counters.add("step_ns", time.perf_counter_ns() - began)
+        return True
+
+    def _start(self, message: Start) -> None:
+        if message.slot in self._requests:  # a stop that was lost with an earlier draft
+            self._stop(message.slot)
+        tokens = np.frombuffer(message.tokens, dtype="<i4").tolist()
+        self._requests[message.slot] = DraftRequest(
+            message.slot, message.epoch, tokens, self._pool, self._num_drafts, self._engine.max_model_len
+        )
+
+    def _stop(self, slot: int) -> None:
+        self._cache.close_branches(slot)
+        self._requests.pop(slot).release()
+        self._starved.clear()
+
+    def _settle(self, outcome: RoundOutcome) -> None:
+        request = self._requests.get(outcome.slot)
+        if request is None or (request.epoch, request.round) != (outcome.epoch, outcome.round):
+            return
+        if request.settle(outcome):
+            self._counters.add("adopted")
+
+    def _fork(self) -> None:
+        copies = BlockCopies()
+        budget = self._branch_budget()
+        for request in self._requests.values():
+            if not request.can_fork():
+                continue
+            group = request.fork(self._fan_out(request.num_sent, budget), copies)
+            if group is None:
+                continue
+            self._counters.add("branches", len(group))
+            self._cache.open_branches(
+                request.slot, group.first_entry, request.epoch, request.round, group.ks, group.chains[:, 0]
+            )
+        if copies.sources:
+            self._engine.copy_blocks(np.array(copies.sources), np.array(copies.targets))
+
+    def _branch_budget(self) -> int:
+        """Branches per request, such that all requests' branches fit in one step's rows."""
+        return min(self._configure.branch_budget, max(1, self._configure.max_rows // max(1, len(self._requests))))
+
+    def _fan_out(self, num_sent: int, budget: int) -> list[int]:
+        if self._configure.fanout is None:
+            return uniform_fanout(num_sent, budget)
+        return scale_fanout(listed_fanout(self._configure.fanout, num_sent), budget)
+
+    def _trunk_rows(self) -> list[TrunkRow]:
+        rows: list[TrunkRow] = []
+        room = self._configure.prefill_chunk
+        for request in self._requests.values():
+            if not request.num_uncomputed or not request.fits or request.slot in self._starved or not room:
+                continue
+            if not request.reserve():
+                self._starved.add(request.slot)
+                self._counters.add("starved")
+                continue
+            num_tokens = min(request.num_uncomputed, room)
+            room -= num_tokens
+            rows.append(TrunkRow(request, num_tokens))
+        return rows
+
+    def _groups(self, below: int) -> list[tuple[DraftRequest, BranchGroup]]:
+        return [
+            (request, group)
+            for request in self._requests.values()
+            for group in request.groups
+            if group.steps < below
+        ]
+
+    def _take_in(
+        self,
+        trunk_rows: list[TrunkRow],
+        groups: list[tuple[DraftRequest, BranchGroup]],
+        candidates: Int64Array,
+    ) -> None:
+        taken = 0
+        for row in trunk_rows:
+            for k in _wanted_lengths(row):
+                row.request.candidates[k] = candidates[taken]
+                taken += 1
+            row.request.computed(row.num_tokens)
+            self._counters.add("prefill_tokens", row.num_tokens)
+        for request, group in groups:
+            tokens = group.advance(candidates[taken : taken + len(group)])
+            taken += len(group)
+            if group.steps <= self._num_drafts:
+                self._cache.publish(request.slot, group.first_entry, group.steps - 1, tokens)
+
+
+def _wanted_lengths(row: TrunkRow) -> range:
+    """The accepted lengths k whose candidates this stretch of the trunk yields."""
+    request = row.request
+    last_confirmed = request.num_confirmed - 1
+    first = max(request.num_computed, last_confirmed) - last_confirmed
+    return range(first, request.num_computed + row.num_tokens - last_confirmed)
+
+
+def _build_rows(trunk_rows: list[TrunkRow], groups: list[tuple[DraftRequest, BranchGroup]]) -> Rows:
+    tokens, positions, query_lens, tables, wanted = [], [], [], [], []
+    num_tokens = 0
+    for row in trunk_rows:
+        begin, end = row.request.num_computed, row.request.num_computed + row.num_tokens
+        tokens.append(np.array(row.request.tokens[begin:end], dtype=np.int64))
+        positions.append(np.arange(begin, end))
+        query_lens.append(np.array([row.num_tokens], dtype=np.int32))
+        tables.append(row.request.block_table()[None, :])
+        num_tokens += row.num_tokens
+        wanted.append(np.arange(num_tokens - len(_wanted_lengths(row)), num_tokens))
+    for _, group in groups:
+        tokens.append(group.next_tokens)
+        positions.append(group.next_positions)
+        query_lens.append(np.ones(len(group), dtype=np.int32))
+        tables.append(group.block_tables)
+        wanted.append(np.arange(num_tokens, num_tokens + len(group)))
+        num_tokens += len(group)
+    return Rows(
+        np.concatenate(tokens),
+        np.concatenate(positions),
+        np.concatenate(query_lens),
+        np.concatenate(tables),
+        np.concatenate(wanted),
+    )

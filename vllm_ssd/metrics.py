@@ -1,0 +1,152 @@
+"""SSD's counters in vLLM's metrics: Prometheus and the log line.
+
+The engine's worker counts in a shared file (`vllm_ssd.counters`); the frontend, a process of its own, reads
+that file whenever vLLM observes speculative decoding, and shows what was added since the last time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import prometheus_client
+from vllm.logger import init_logger
+
+from vllm_ssd.counters import (
+    DRAFT_COUNTERS_FILE,
+    DRAFT_FIELDS,
+    TARGET_COUNTERS_FILE,
+    Counters,
+    target_fields,
+)
+
+logger = init_logger("vllm.ssd")
+
+# Prometheus counter -> (documentation, counter, factor)
+TARGET_METRICS: dict[str, tuple[str, str, float]] = {
+    "vllm:ssd_cache_lookups": ("Verification outcomes looked up in the outcome cache.", "lookups", 1),
+    "vllm:ssd_cache_hits": ("Lookups that found drafts.", "hits", 1),
+    "vllm:ssd_cache_late": ("Lookups whose outcome was foreseen but had no drafts yet.", "late", 1),
+    "vllm:ssd_undrafted": ("Outcomes while there was no draft process to ask.", "undrafted", 1),
+    "vllm:ssd_fallback_none": ("Missed rows that went on without drafts.", "fallback_none", 1),
+    "vllm:ssd_fallback_ngram": ("Missed rows that went on with n-gram drafts.", "fallback_ngram", 1),
+    "vllm:ssd_wait_seconds": ("Time the target waited for the draft.", "wait_ns", 1e-9),
+    "vllm:ssd_critical_path_seconds": ("Time SSD took on the target's side.", "critical_path_ns", 1e-9),
+    "vllm:ssd_draft_restarts": ("Draft processes started again.", "draft_restarts", 1),
+    "vllm:ssd_draft_stalls": ("Times the draft fell silent.", "draft_stalls", 1),
+}
+DRAFT_METRICS: dict[str, tuple[str, str, float]] = {
+    "vllm:ssd_draft_steps": ("Forward passes of the draft.", "steps", 1),
+    "vllm:ssd_draft_step_seconds": ("Time in the draft's steps.", "step_ns", 1e-9),
+    "vllm:ssd_branches": ("Branches opened.", "branches", 1),
+    "vllm:ssd_branches_adopted": ("Branches whose outcome came true; the others were wasted.", "adopted", 1),
+}
+
+
+class CounterReader:
+    """Reads what the engine has counted since the last call.
+
+    Args:
+        shared_dir: the engine's shared folder.
+        num_speculative_tokens: K.
+    """
+
+    def __init__(self, shared_dir: Path, num_speculative_tokens: int) -> None:
+        fields = target_fields(num_speculative_tokens)
+        self._sources: list[tuple[Path, tuple[str, ...]]] = [
+            (shared_dir / TARGET_COUNTERS_FILE, fields),
+            (shared_dir / DRAFT_COUNTERS_FILE, DRAFT_FIELDS),
+        ]
+        self._last: dict[str, int] = {}
+
+    def read(self) -> dict[str, int]:
+        """Every counter's increase; empty where the engine is not (or no longer) there."""
+        now: dict[str, int] = {}
+        for path, fields in self._sources:
+            try:
+                now |= Counters(path, fields, create=False).as_dict()
+            except (FileNotFoundError, ValueError):
+                return {}
+        increase = {name: value - self._last.get(name, 0) for name, value in now.items()}
+        self._last = now
+        return increase
+
+
+def ssd_prometheus_class(stock: type) -> type:
+    """vLLM's `SpecDecodingProm` with SSD's counters beside its own."""
+
+    class SSDSpecDecodingProm(stock):  # type: ignore[misc, valid-type]
+        def __init__(
+            self,
+            speculative_config: Any,
+            labelnames: list[str],
+            per_engine_labelvalues: dict[int, list[object]],
+            **kwargs: Any,
+        ) -> None:
+            super().__init__(speculative_config, labelnames, per_engine_labelvalues, **kwargs)
+            self._readers: dict[int, CounterReader] = {}
+            self._ssd_counters: dict[tuple[int, str], Any] = {}
+            if getattr(speculative_config, "method", None) != "ssd":
+                return
+            families = {
+                name: prometheus_client.Counter(name, documentation, labelnames)
+                for name, (documentation, _, _) in (TARGET_METRICS | DRAFT_METRICS).items()
+            }
+            for engine, values in per_engine_labelvalues.items():
+                self._readers[engine] = _reader(speculative_config)
+                for name, family in families.items():
+                    self._ssd_counters[engine, name] = family.labels(*values)
+
+        def observe(self, spec_decoding_stats: Any, engine_idx: int = 0) -> None:
+            super().observe(spec_decoding_stats, engine_idx)
+            reader = self._readers.get(engine_idx)
+            increase = reader.read() if reader else {}
+            for name, (_, counter, factor) in (TARGET_METRICS | DRAFT_METRICS).items():
+                if increase.get(counter, 0) > 0:
+                    self._ssd_counters[engine_idx, name].inc(increase[counter] * factor)
+
+    return SSDSpecDecodingProm
+
+
+class SSDSpecDecodingLogging:
+    """vLLM's `SpecDecodingLogging`, followed by a line on the outcome cache.
+
+    Args:
+        stock: vLLM's own, which keeps logging what it logs.
+        speculative_config: the engine's `SSDSpeculativeConfig`.
+    """
+
+    def __init__(self, stock: Any, speculative_config: Any) -> None:
+        self._stock = stock
+        self._reader = _reader(speculative_config)
+
+    def observe(self, spec_decoding_stats: Any) -> None:
+        self._stock.observe(spec_decoding_stats)
+
+    def log(self, log_fn: Callable[..., None] = logger.info) -> None:
+        self._stock.log(log_fn=log_fn)
+        new = self._reader.read()
+        if not new.get("rounds"):
+            return
+        log_fn(
+            "SSD metrics: Hit rate: %.1f%% (%d of %d lookups), Late: %d, Without draft process: %d, "
+            "Target waited: %.2f ms/round, Critical path: %.3f ms/round, "
+            "Draft step: %.2f ms, Branches adopted: %d of %d, Draft restarts: %d, Stalls: %d",
+            100 * new["hits"] / max(1, new["lookups"]),
+            new["hits"],
+            new["lookups"],
+            new["late"],
+            new["undrafted"],
+            new["wait_ns"] / new["rounds"] / 1e6,
+            new["critical_path_ns"] / new["rounds"] / 1e6,
+            new["step_ns"] / max(1, new["steps"]) / 1e6,
+            new["adopted"],
+            new["branches"],
+            new["draft_restarts"],
+            new["draft_stalls"],
+        )
+
+
+def _reader(speculative_config: Any) -> CounterReader:
+    return CounterReader(Path(speculative_config.ssd_shared_dir), speculative_config.num_speculative_tokens)

@@ -1,0 +1,102 @@
+"""The outcome cache: memory that both halves map, filled by the draft and looked up by the target.
+
+The draft's process writes it, the target's process reads it, and nobody asks anybody. An entry is keyed by
+(epoch, round, k, token): the epoch changes whenever a slot is given to a request (or a request begins anew),
+the round counts the verifications since then, so an entry that outlived its purpose can never match.
+
+Why no lock is needed: the draft rewrites the entries of a slot only after it was told that slot's outcome,
+and the target tells it only after its look-up. Within one entry the draft writes the tokens before it raises
+the depth, and x86 keeps stores in order; on weakly ordered machines each step's system calls lie between.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Int64Array = npt.NDArray[np.int64]
+
+EPOCH, ROUND, K, TOKEN, DEPTH, FIRST_DRAFT = range(6)
+KEY = slice(EPOCH, DEPTH)
+TABLE_FILE = "outcome-cache"
+
+
+class Outcome(NamedTuple):
+    """One row's verification outcome: `k` drafts accepted, then `token` (recovery or bonus)."""
+
+    slot: int
+    epoch: int
+    round: int
+    k: int
+    token: int
+
+
+class OutcomeCache:
+    """A table of [max_slots, branch_budget] entries in a shared file.
+
+    Args:
+        shared_dir: folder both processes see, in memory if possible.
+        max_slots: requests at once.
+        branch_budget: entries of a slot.
+        num_speculative_tokens: K, the drafts an entry can hold.
+        create: True in the process that owns the file (the target's worker).
+    """
+
+    def __init__(
+        self,
+        shared_dir: Path,
+        max_slots: int,
+        branch_budget: int,
+        num_speculative_tokens: int,
+        *,
+        create: bool,
+    ) -> None:
+        shape = (max_slots, branch_budget, FIRST_DRAFT + num_speculative_tokens)
+        mode = "w+" if create else "r+"
+        self.entries: Int64Array = np.memmap(shared_dir / TABLE_FILE, np.int64, mode, shape=shape)
+        self.num_speculative_tokens = num_speculative_tokens
+
+    def look_up(self, outcomes: list[Outcome]) -> list[list[int] | None]:
+        """For each outcome the drafts that continue it, to the depth reached; None where it has no entry.
+
+        An empty list means that the draft foresaw the outcome but had no token for it yet.
+        """
+        if not outcomes:
+            return []
+        keys = np.array(outcomes, dtype=np.int64)  # [B, 5]: slot, epoch, round, k, token
+        entries = self.entries[keys[:, 0]]  # [B, branch_budget, 5 + K], a copy
+        found = (entries[:, :, KEY] == keys[:, None, 1:]).all(axis=2)  # [B, branch_budget]
+        which = found.argmax(axis=1)
+        results: list[list[int] | None] = []
+        for row, branch in enumerate(which.tolist()):
+            if not found[row, branch]:
+                results.append(None)
+                continue
+            entry = entries[row, branch]
+            results.append(entry[FIRST_DRAFT : FIRST_DRAFT + int(entry[DEPTH])].tolist())
+        return results
+
+    def open_branches(
+        self, slot: int, first: int, epoch: int, round_: int, ks: Int64Array, tokens: Int64Array
+    ) -> None:
+        """Announce branches `first`, `first` + 1, ... of a slot, still without drafts; ks, tokens: [n]."""
+        entries = self.entries[slot, first : first + len(ks)]
+        entries[:, EPOCH] = 0  # no key matches while the rest changes
+        entries[:, DEPTH] = 0
+        entries[:, ROUND] = round_
+        entries[:, K] = ks
+        entries[:, TOKEN] = tokens
+        entries[:, EPOCH] = epoch
+
+    def publish(self, slot: int, first: int, depth: int, tokens: Int64Array) -> None:
+        """Add the draft token of step `depth` (from 0) to branches `first`, ...; tokens: [n]."""
+        entries = self.entries[slot, first : first + len(tokens)]
+        entries[:, FIRST_DRAFT + depth] = tokens
+        entries[:, DEPTH] = depth + 1
+
+    def close_branches(self, slot: int) -> None:
+        """Make every entry of the slot unmatchable."""
+        self.entries[slot, :, EPOCH] = 0

@@ -1,0 +1,225 @@
+"""Starts, awaits, watches, restarts and stops the draft process.
+
+The draft is in one of four states. `check`, which the target calls once a round, moves between them:
+
+    loading --Ready--> ready --silent too long--> stalled --signs of life--> ready
+       ^                 |                           |
+       +---- restart ----+------- process died ------+------> gone (no restarts left)
+
+Serving never fails because of the draft: outside of `ready` there is no outcome cache to ask.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from enum import Enum
+from pathlib import Path
+
+import msgspec
+from vllm.logger import init_logger
+
+from vllm_ssd.channel import Channel, Configure, Failed, Ready, Reset, ToDraft
+from vllm_ssd.counters import DRAFT_COUNTERS_FILE, DRAFT_FIELDS, Counters
+from vllm_ssd.launch import DraftProcess
+from vllm_ssd.outcome import OutcomeCache
+
+logger = init_logger("vllm.ssd")
+
+KILL_AFTER_STALLS = 15  # a draft silent for this many stall timeouts is killed and started again
+AWAIT_POLL_S = 0.02
+
+
+class DraftFailed(RuntimeError):
+    """The draft process could not start."""
+
+
+class State(Enum):
+    """What the target knows of its draft."""
+
+    LOADING = "loading"
+    READY = "ready"
+    STALLED = "stalled"
+    GONE = "gone"
+
+
+class DraftSupervisor:
+    """Owns the draft process, the channel to it and its outcome cache.
+
+    Args:
+        configure: what the draft is told; the address and table folder are filled in for each process.
+        counters: the target's counters.
+        ready_timeout_s: how long a draft may take to load.
+        stall_timeout_s: how long a draft may leave messages unread.
+        max_restarts: how often a draft that died is started again.
+    """
+
+    def __init__(
+        self,
+        configure: Configure,
+        counters: Counters,
+        ready_timeout_s: float,
+        stall_timeout_s: float,
+        max_restarts: int,
+    ) -> None:
+        self._configure = configure
+        self._counters = counters
+        self._ready_timeout_s = ready_timeout_s
+        self._stall_timeout_s = stall_timeout_s
+        self._max_restarts = max_restarts
+        shared_dir = Path(configure.shared_dir)
+        self._draft_counters = Counters(shared_dir / DRAFT_COUNTERS_FILE, DRAFT_FIELDS, create=True)
+        self._incarnation = 0
+        self._spawn()
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @property
+    def pid(self) -> int:
+        """Of the current draft process."""
+        return self._process.pid
+
+    @property
+    def cache(self) -> OutcomeCache | None:
+        """The outcome cache, while the draft is ready."""
+        return self._cache if self._state is State.READY else None
+
+    def await_ready(self) -> None:
+        """Wait until the draft has loaded; it need not know of any request yet.
+
+        Raises:
+            DraftFailed: if it gives up, dies, or takes longer than the ready timeout.
+        """
+        while self._state is State.LOADING:
+            exit_code = self._process.exit_code()
+            message = self._channel.receive()
+            if isinstance(message, Failed):
+                raise DraftFailed(f"the draft process cannot serve: {message.reason}")
+            if isinstance(message, Ready):
+                self._become_ready(message)
+                return
+            if exit_code is not None:
+                raise DraftFailed(f"the draft process exited with code {exit_code} while loading; see its output")
+            if time.monotonic() > self._deadline:
+                raise DraftFailed(
+                    f"the draft process was not ready after {self._ready_timeout_s:g} s; raise ssd_ready_timeout"
+                )
+            time.sleep(AWAIT_POLL_S)
+
+    def check(self) -> bool:
+        """Notice what happened to the draft; True when it has become ready and knows no request yet."""
+        if self._state is State.GONE:
+            return False
+        if self._process.exit_code() is not None:
+            self._restart(f"exited with code {self._process.exit_code()}")
+            return False
+        if self._state is State.READY:
+            self._check_progress()
+            return False
+        if self._state is State.STALLED:
+            return self._check_recovery()
+        return self._check_loaded()
+
+    def send(self, message: ToDraft) -> None:
+        """Tell the draft; one that cannot be told counts as stalled."""
+        if self._channel.send(message):
+            self._num_sent += 1
+        elif self._state is State.READY:
+            self._stall("its message queue is full")
+
+    def close(self) -> None:
+        """Stop the draft and remove what was shared with it."""
+        self._state = State.GONE
+        self._counters.set("draft_alive", 0)
+        self._process.stop()
+        self._channel.close()
+        shutil.rmtree(self._table_dir, ignore_errors=True)
+
+    def _spawn(self) -> None:
+        self._incarnation += 1
+        self._table_dir = Path(self._configure.shared_dir) / f"draft-{self._incarnation}"
+        self._table_dir.mkdir()
+        address = f"ipc://{self._table_dir}/socket"
+        self._configure = msgspec.structs.replace(
+            self._configure, address=address, table_dir=str(self._table_dir)
+        )
+        self._cache = OutcomeCache(
+            self._table_dir,
+            self._configure.max_slots,
+            self._configure.branch_budget,
+            self._configure.num_speculative_tokens,
+            create=True,
+        )
+        self._draft_counters.set("messages", 0)
+        self._channel = Channel(address, bind=True, receives=Ready | Failed)
+        self._process = DraftProcess(self._configure)
+        self._state = State.LOADING
+        self._deadline = time.monotonic() + self._ready_timeout_s
+        self._num_sent = 0
+        self._num_read = 0
+
+    def _become_ready(self, message: Ready) -> None:
+        self._state = State.READY
+        self._last_progress = time.monotonic()
+        self._counters.set("draft_alive", 1)
+        logger.info(
+            "SSD draft is ready: process %d, cores %s, %d KV blocks of %d tokens",
+            self._process.pid,
+            self._configure.cores,
+            message.num_blocks,
+            message.block_size,
+        )
+
+    def _check_loaded(self) -> bool:
+        message = self._channel.receive()
+        if isinstance(message, Ready):
+            self._become_ready(message)
+            return True
+        if isinstance(message, Failed):
+            self._restart(message.reason)
+        elif time.monotonic() > self._deadline:
+            self._restart(f"was not ready after {self._ready_timeout_s:g} s")
+        return False
+
+    def _check_progress(self) -> None:
+        num_read = self._draft_counters["messages"]
+        now = time.monotonic()
+        if num_read != self._num_read or num_read >= self._num_sent:
+            self._num_read, self._last_progress = num_read, now
+        elif now - self._last_progress > self._stall_timeout_s:
+            self._stall(f"it has read nothing for {self._stall_timeout_s:g} s")
+
+    def _check_recovery(self) -> bool:
+        if self._draft_counters["messages"] != self._num_read:
+            logger.warning("SSD draft answers again; speculation resumes")
+            self._state = State.READY
+            self._counters.set("draft_alive", 1)
+            self._num_read, self._last_progress = self._draft_counters["messages"], time.monotonic()
+            self.send(Reset())
+            return self._state is State.READY
+        if time.monotonic() - self._last_progress > KILL_AFTER_STALLS * self._stall_timeout_s:
+            self._restart("did not answer any more")
+        return False
+
+    def _stall(self, reason: str) -> None:
+        self._state = State.STALLED
+        self._counters.set("draft_alive", 0)
+        self._counters.add("draft_stalls")
+        self._num_read = self._draft_counters["messages"]
+        self._last_progress = time.monotonic()
+        logger.warning("SSD draft is stalled (%s); decoding goes on without it", reason)
+
+    def _restart(self, reason: str) -> None:
+        self._process.stop(grace_s=0.0)
+        self._channel.close()
+        shutil.rmtree(self._table_dir, ignore_errors=True)
+        self._counters.set("draft_alive", 0)
+        if self._incarnation > self._max_restarts:
+            self._state = State.GONE
+            logger.error("SSD draft %s; no restarts left, decoding goes on without it", reason)
+            return
+        logger.warning("SSD draft %s; starting it again, decoding goes on meanwhile", reason)
+        self._counters.add("draft_restarts")
+        self._spawn()

@@ -1,0 +1,122 @@
+"""SSDWorker: vLLM's CPU worker with a draft process at its side and our model runner inside."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_ssd import compat
+from vllm_ssd.channel import Configure
+from vllm_ssd.config import GIB, SSDSpeculativeConfig, parse_cores
+from vllm_ssd.counters import (
+    DRAFT_COUNTERS_FILE,
+    DRAFT_FIELDS,
+    TARGET_COUNTERS_FILE,
+    Counters,
+    target_fields,
+)
+from vllm_ssd.fallback import Fallback, NgramFallback, NoFallback
+from vllm_ssd.proposer import Proposer
+from vllm_ssd.runner_v1 import SSDModelRunner
+from vllm_ssd.supervisor import DraftSupervisor
+
+DRAFT_BLOCK_SIZE = 32  # the smallest CPU_ATTN takes: a fork copies one block per branch
+
+
+class SSDWorker(CPUWorker):
+    """Starts the draft before the target loads, so that both load at once, and stops it at the end."""
+
+    def init_device(self) -> None:
+        """Start the draft process, then build the model runner."""
+        ssd = self.vllm_config.speculative_config
+        assert isinstance(ssd, SSDSpeculativeConfig) and ssd.ssd_shared_dir is not None
+        self._shared_dir = Path(ssd.ssd_shared_dir)
+        self._shared_dir.mkdir(parents=True, exist_ok=True)
+        fields = target_fields(ssd.num_speculative_tokens)
+        self._counters = Counters(self._shared_dir / TARGET_COUNTERS_FILE, fields, create=True)
+        self._supervisor = DraftSupervisor(
+            _configure(ssd, self.scheduler_config.max_num_seqs),
+            self._counters,
+            ssd.ssd_ready_timeout,
+            ssd.ssd_stall_timeout,
+            ssd.ssd_max_restarts,
+        )
+        try:
+            with compat.cpu_runner_class(SSDModelRunner):
+                super().init_device()
+        except BaseException:
+            self._stop_draft()
+            raise
+        runner = self.model_runner
+        assert isinstance(runner, SSDModelRunner)
+        runner.proposer = Proposer(
+            self._supervisor,
+            ssd.num_speculative_tokens,
+            self.scheduler_config.max_num_seqs,
+            _fallback(ssd, self.model_config.max_model_len),
+            runner.token_history,
+            self._counters,
+            ssd.ssd_wait_ms / 1000,
+        )
+
+    def determine_available_memory(self) -> int:
+        """Size the target's KV cache once the draft has taken its memory."""
+        self._supervisor.await_ready()
+        return super().determine_available_memory()
+
+    def shutdown(self) -> None:
+        """Stop the draft, then the worker."""
+        self._stop_draft()
+        super().shutdown()
+
+    def ssd_stats(self) -> dict[str, Any]:
+        """All counters of both halves; for `LLM.collective_rpc("ssd_stats")`."""
+        draft = Counters(self._shared_dir / DRAFT_COUNTERS_FILE, DRAFT_FIELDS, create=False)
+        return {
+            **self._counters.as_dict(),
+            "draft": {"pid": self._supervisor.pid, "state": self._supervisor.state.value, **draft.as_dict()},
+        }
+
+    def _stop_draft(self) -> None:
+        self._supervisor.close()
+        shutil.rmtree(self._shared_dir, ignore_errors=True)
+
+
+def _configure(ssd: SSDSpeculativeConfig, max_num_seqs: int) -> Configure:
+    draft = ssd.draft_model_config
+    assert ssd.ssd_draft_cores is not None
+    engine_args = {
+        "dtype": str(draft.dtype).removeprefix("torch."),
+        "max_model_len": draft.max_model_len,
+        "block_size": DRAFT_BLOCK_SIZE,
+        "quantization": draft.quantization,
+        "revision": draft.revision,
+        "code_revision": draft.code_revision,
+        "trust_remote_code": draft.trust_remote_code,
+        "kv_cache_dtype": ssd.kv_cache_dtype or "auto",
+        "seed": draft.seed,
+    }
+    return Configure(
+        address="",
+        shared_dir=str(ssd.ssd_shared_dir),
+        table_dir="",
+        model=draft.model,
+        engine_args=engine_args,
+        cores=parse_cores(ssd.ssd_draft_cores),
+        num_speculative_tokens=ssd.num_speculative_tokens,
+        fanout=ssd.ssd_fanout,
+        branch_budget=ssd.ssd_branch_budget,
+        max_slots=max_num_seqs,
+        max_rows=ssd.ssd_max_rows,
+        prefill_chunk=ssd.ssd_prefill_chunk,
+        memory_bytes=int(ssd.ssd_draft_memory * GIB),
+    )
+
+
+def _fallback(ssd: SSDSpeculativeConfig, max_model_len: int) -> Fallback:
+    if ssd.ssd_fallback == "ngram":
+        return NgramFallback(compat.match_ngram, max_model_len)
+    return NoFallback()
