@@ -96,7 +96,8 @@ def serving(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     try:
         yield server
     finally:
-        step("stopping the server")
+        if server.poll() is None:
+            step("stopping the server")
         stop(server)
 
 

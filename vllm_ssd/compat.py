@@ -167,7 +167,10 @@ def kv_cache_config(vllm_config: Any, specs: dict[str, Any], memory_bytes: int) 
     try:
         from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
     except ImportError:
-        from vllm.v1.core.kv_cache_planning import get_kv_cache_configs
+        from vllm.v1.core import kv_cache_planning
+
+        groups = kv_cache_planning.get_global_kv_cache_groups(vllm_config, [specs])
+        return kv_cache_planning.get_kv_cache_configs(vllm_config, [specs], [memory_bytes], groups)[0]
     return get_kv_cache_configs(vllm_config, [specs], [memory_bytes])[0]
 
 
