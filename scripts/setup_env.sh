@@ -81,11 +81,12 @@ make_venv() {
 }
 
 # pip_install ARGUMENTS...: what pip says goes to a log; what it has done so far is told now and then.
-# --no-compile: imports compile what they use, and that is a small part of these packages.
+# pip byte-compiles what it installs, and that stays so: a machine that sets PYTHONDONTWRITEBYTECODE would compile
+# vLLM and torch anew in every process, and a server has four.
 pip_install() {
   local log="$SSD_VENV/pip.log" job tick=0
   "$SSD_VENV/bin/python" -m pip install --disable-pip-version-check --no-input --progress-bar off \
-    --no-deps --no-compile "$@" >"$log" 2>&1 &
+    --no-deps "$@" >"$log" 2>&1 &
   job=$!
   while kill -0 "$job" 2>/dev/null; do
     sleep 0.5
