@@ -1,0 +1,31 @@
+"""What the target would tell its draft, with small defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vllm_ssd.channel import Configure
+
+DEFAULTS: dict[str, Any] = {
+    "address": "",
+    "shared_dir": "",
+    "table_dir": "",
+    "model": "",
+    "engine_args": {},
+    "cores": [0],
+    "num_speculative_tokens": 3,
+    "fanout": None,
+    "branch_budget": 8,
+    "max_slots": 4,
+    "max_rows": 64,
+    "prefill_chunk": 16,
+    "memory_bytes": 1 << 24,
+    "enforce_eager": True,
+}
+
+
+def configure(folder: Path | str, **changes: Any) -> Configure:
+    """A `Configure` whose shared files lie in `folder`."""
+    folders = {"shared_dir": str(folder), "table_dir": str(folder)}
+    return Configure(**(DEFAULTS | folders | changes))
