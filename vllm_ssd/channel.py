@@ -33,6 +33,7 @@ class Configure(msgspec.Struct, frozen=True, kw_only=True):
     max_rows: int  # rows of one draft step, over all requests
     prefill_chunk: int  # prompt tokens of one draft step, over all requests
     memory_bytes: int  # KV cache
+    enforce_eager: bool  # as the target: no torch.compile
 
 
 class Start(msgspec.Struct, frozen=True, tag=True, array_like=True):

@@ -113,6 +113,7 @@ def _configure(ssd: SSDSpeculativeConfig, max_num_seqs: int) -> Configure:
         max_rows=ssd.ssd_max_rows,
         prefill_chunk=ssd.ssd_prefill_chunk,
         memory_bytes=int(ssd.ssd_draft_memory * GIB),
+        enforce_eager=draft.enforce_eager,
     )
 
 

@@ -47,6 +47,7 @@ def _build_server(configure: Configure, channel: Channel):  # type: ignore[no-un
 
     register()
     engine = DraftEngine(configure)
+    engine.warm_up()
     cache = OutcomeCache(
         Path(configure.table_dir),
         configure.max_slots,

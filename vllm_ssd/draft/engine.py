@@ -75,6 +75,21 @@ class DraftEngine:
             if cache.shape[0] != self.num_blocks:
                 raise UnsupportedDraft(f"KV cache of shape {tuple(cache.shape)} is not ordered by block")
 
+    def warm_up(self, num_rows: int = 16) -> None:
+        """Run one step on scratch blocks, before any block is in use.
+
+        With torch.compile this is where the compilation happens. vLLM drops the compiled code's guards, so
+        the first batch decides which sizes are dynamic: it has to have several rows of different lengths.
+        """
+        rows = Rows(
+            tokens=np.zeros(2 * num_rows, dtype=np.int64),
+            positions=np.tile(np.arange(2), num_rows),
+            query_lens=np.full(num_rows, 2, dtype=np.int32),
+            block_tables=np.arange(num_rows, dtype=np.int32)[:, None] % self.num_blocks,
+            wanted=np.arange(1, 2 * num_rows, 2),
+        )
+        self.forward(rows, num_candidates=2)
+
     @torch.inference_mode()
     def forward(self, rows: Rows, num_candidates: int) -> Int64Array:
         """Run one step; the KV of every token of the batch is written to its row's blocks.
@@ -128,15 +143,14 @@ class DraftEngine:
 
 
 def _engine_config(configure: Configure) -> VllmConfig:
-    # Every request has a trunk row and at least one branch, even where that is more than the rows asked for.
-    max_rows = configure.max_rows + 2 * configure.max_slots
+    max_rows = configure.max_rows + configure.max_slots  # branches, and a trunk row for every request
     args = EngineArgs(
         model=configure.model,
         tokenizer=configure.model,
         skip_tokenizer_init=True,
         max_num_seqs=max_rows,
         max_num_batched_tokens=max_rows + configure.prefill_chunk,
-        enforce_eager=True,
+        enforce_eager=configure.enforce_eager,
         enable_prefix_caching=False,
         disable_log_stats=True,
         **configure.engine_args,

@@ -141,6 +141,7 @@ class DraftServer:
             return
         if request.settle(outcome):
             self._counters.add("adopted")
+        self._starved.clear()  # the branches that did not come true have given their blocks back
 
     def _fork(self) -> None:
         copies = BlockCopies()
@@ -183,12 +184,24 @@ class DraftServer:
         return rows
 
     def _groups(self, below: int) -> list[tuple[DraftRequest, BranchGroup]]:
-        return [
+        """Groups with fewer than `below` steps behind them, the least advanced first, as many as rows allow.
+
+        More than allowed exist only while requests arrive: those there before had more of the rows each.
+        """
+        waiting = [
             (request, group)
             for request in self._requests.values()
             for group in request.groups
             if group.steps < below
         ]
+        waiting.sort(key=lambda pair: pair[1].steps)
+        room = self._configure.max_rows
+        chosen = []
+        for request, group in waiting:
+            if len(group) <= room:
+                chosen.append((request, group))
+                room -= len(group)
+        return chosen
 
     def _take_in(
         self,
