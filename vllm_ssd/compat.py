@@ -119,7 +119,9 @@ def add_metrics() -> None:
         stock_init(self, vllm_config, engine_index)
         speculative_config = vllm_config.speculative_config
         if getattr(speculative_config, "method", None) == "ssd":
-            self.spec_decoding_logging = SSDSpecDecodingLogging(self.spec_decoding_logging, speculative_config)
+            self.spec_decoding_logging = SSDSpecDecodingLogging(
+                self.spec_decoding_logging, speculative_config
+            )
 
     setattr(__init__, _MARK, True)
     loggers.LoggingStatLogger.__init__ = __init__

@@ -81,6 +81,12 @@ class SSDSpeculativeConfig(SpeculativeConfig):
             self.ssd_shared_dir = os.path.join(memory, f"vllm-ssd-{uuid.uuid4().hex[:12]}")
         self.ssd_draft_cores = _format_cores(_choose_draft_cores(self))
 
+    @property
+    def draft_cores(self) -> list[int]:
+        """CPU cores of the draft process."""
+        assert self.ssd_draft_cores is not None  # chosen in __post_init__ where the user gave none
+        return parse_cores(self.ssd_draft_cores)
+
     def draft_shares_target_positions(self) -> bool:
         """The draft keeps its own positions, so vLLM 0.33 must not shorten the target to its length."""
         return True
@@ -93,15 +99,16 @@ def create_ssd_config(engine_args: Any, target_model_config: Any, target_paralle
         **options, target_model_config=target_model_config, target_parallel_config=target_parallel_config
     )
     if target_parallel_config.worker_cls != "auto":
-        raise ValueError(f"method 'ssd' brings its own worker; remove worker_cls={target_parallel_config.worker_cls!r}")
+        worker = target_parallel_config.worker_cls
+        raise ValueError(f"method 'ssd' brings its own worker; remove worker_cls={worker!r}")
     target_parallel_config.worker_cls = "vllm_ssd.worker.SSDWorker"
     engine_args.async_scheduling = False  # the V1 runner hands async drafters an empty list of tokens
-    _leave_cores_to_draft(parse_cores(ssd.ssd_draft_cores))
+    _leave_cores_to_draft(ssd.draft_cores)
     return ssd
 
 
 def parse_cores(text: str) -> list[int]:
-    """ "0,4-6" -> [0, 4, 5, 6].
+    """The cores that a text such as "0,4-6" names: [0, 4, 5, 6].
 
     Raises:
         ValueError: if the text is not a list of core numbers and ranges.
@@ -126,8 +133,11 @@ def _presented_as_draft_model(ssd: SSDSpeculativeConfig) -> Iterator[None]:
     ssd.method = "draft_model"  # type: ignore[assignment]
     try:
         yield
-        if ssd.method != "draft_model":  # vLLM sniffs EAGLE and its kin from the draft's name
-            raise ValueError(f"method 'ssd' needs a stand-alone draft model; {ssd.model!r} is of kind {ssd.method!r}")
+        kind: str | None = ssd.method
+        if kind != "draft_model":  # vLLM sniffs EAGLE and its kin from the draft's name
+            raise ValueError(
+                f"method 'ssd' needs a stand-alone draft model; {ssd.model!r} is of kind {kind!r}"
+            )
     finally:
         ssd.method = "ssd"
 
@@ -145,9 +155,9 @@ def _refuse_foreign_options(ssd: SSDSpeculativeConfig) -> None:
 
 def _check_platform(ssd: SSDSpeculativeConfig) -> None:
     if not current_platform.is_cpu():
-        raise ValueError("this version of method 'ssd' runs on the CPU only; its CUDA path is not released yet")
+        raise ValueError("this version of method 'ssd' runs on the CPU only")
     if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
-        raise ValueError("this version of method 'ssd' needs the V1 model runner; unset VLLM_USE_V2_MODEL_RUNNER")
+        raise ValueError("this version of method 'ssd' needs VLLM_USE_V2_MODEL_RUNNER unset: V1 model runner")
     parallel = ssd.target_parallel_config
     for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
         if getattr(parallel, name) != 1:
@@ -161,8 +171,8 @@ def _check_models(ssd: SSDSpeculativeConfig) -> None:
     target_vocab, draft_vocab = target.get_vocab_size(), draft.get_vocab_size()
     if target_vocab != draft_vocab:
         raise ValueError(
-            f"target and draft need the same vocabulary: {target_vocab} and {draft_vocab} tokens; choose a draft "
-            "of the target's family"
+            f"target and draft need the same vocabulary, these have {target_vocab} and {draft_vocab} tokens; "
+            "choose a draft of the target's family"
         )
     unsupported = {
         "is a multimodal model": draft.is_multimodal_model,
@@ -179,27 +189,23 @@ def _check_models(ssd: SSDSpeculativeConfig) -> None:
 def _check_branches(ssd: SSDSpeculativeConfig) -> None:
     k, budget, fanout = ssd.num_speculative_tokens, ssd.ssd_branch_budget, ssd.ssd_fanout
     if k > MAX_SPECULATIVE_TOKENS:
-        raise ValueError(f"num_speculative_tokens={k} is more than {MAX_SPECULATIVE_TOKENS}, which never pays; lower it")
-    if k >= ssd.draft_model_config.max_model_len:
-        raise ValueError(f"num_speculative_tokens={k} does not fit the draft's {ssd.draft_model_config.max_model_len}")
+        raise ValueError(f"num_speculative_tokens={k} is too many; use at most {MAX_SPECULATIVE_TOKENS}")
+    if k + 1 >= ssd.draft_model_config.max_model_len:
+        raise ValueError(f"num_speculative_tokens={k} fills the draft's whole context; lower it")
     if fanout is None:
         if budget < k + 1:
             raise ValueError(
-                f"ssd_branch_budget={budget} is less than the {k + 1} outcomes of num_speculative_tokens={k}; "
-                "raise it or give ssd_fanout"
+                f"ssd_branch_budget={budget} is less than the {k + 1} accepted lengths of "
+                f"num_speculative_tokens={k}; raise it or give ssd_fanout"
             )
         return
     if len(fanout) != k + 1:
         raise ValueError(f"ssd_fanout needs {k + 1} numbers (k = 0..{k}), not {len(fanout)}")
-    if min(fanout) < 0 or max(fanout) > draft_vocab_limit(ssd):
-        raise ValueError(f"ssd_fanout={fanout} has a number outside 0..{draft_vocab_limit(ssd)}")
+    most = ssd.draft_model_config.get_vocab_size() - 1  # every token but the one that was sent
+    if min(fanout) < 0 or max(fanout) > most:
+        raise ValueError(f"ssd_fanout={fanout} has a number outside 0..{most}")
     if sum(fanout) != budget:
         raise ValueError(f"ssd_fanout sums to {sum(fanout)}; set ssd_branch_budget={sum(fanout)}")
-
-
-def draft_vocab_limit(ssd: SSDSpeculativeConfig) -> int:
-    """The most candidates one position can have: every token but the one that was sent."""
-    return ssd.draft_model_config.get_vocab_size() - 1
 
 
 def _choose_draft_cores(ssd: SSDSpeculativeConfig) -> list[int]:
@@ -208,7 +214,7 @@ def _choose_draft_cores(ssd: SSDSpeculativeConfig) -> list[int]:
         cores = parse_cores(ssd.ssd_draft_cores)
         missing = sorted(set(cores) - set(allowed))
         if missing:
-            raise ValueError(f"ssd_draft_cores={ssd.ssd_draft_cores!r}: this process has no core {missing[0]}, only {allowed}")
+            raise ValueError(f"ssd_draft_cores: this process has no core {missing[0]}; choose from {allowed}")
         return cores
     left = sorted(set(allowed) - _target_cores())
     return [(left or allowed)[-1]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
+from vllm_ssd.shared import map_int64
 
 TARGET_COUNTERS_FILE = "target-counters"
 DRAFT_COUNTERS_FILE = "draft-counters"
@@ -55,8 +55,7 @@ class Counters:
     """
 
     def __init__(self, path: Path, fields: Sequence[str], *, create: bool) -> None:
-        mode = "w+" if create else "r+"
-        self._values = np.asarray(np.memmap(path, np.int64, mode, shape=(len(fields),)))
+        self._values = map_int64(path, (len(fields),), create=create)
         self._index = {name: index for index, name in enumerate(fields)}
 
     def add(self, name: str, amount: int = 1) -> None:

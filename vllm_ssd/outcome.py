@@ -17,6 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from vllm_ssd.shared import map_int64
+
 Int64Array = npt.NDArray[np.int64]
 
 EPOCH, ROUND, K, TOKEN, DEPTH, FIRST_DRAFT = range(6)
@@ -55,8 +57,7 @@ class OutcomeCache:
         create: bool,
     ) -> None:
         shape = (max_slots, branch_budget, FIRST_DRAFT + num_speculative_tokens)
-        mode = "w+" if create else "r+"
-        self.entries: Int64Array = np.memmap(shared_dir / TABLE_FILE, np.int64, mode, shape=shape)
+        self.entries: Int64Array = map_int64(shared_dir / TABLE_FILE, shape, create=create)
         self.num_speculative_tokens = num_speculative_tokens
 
     def look_up(self, outcomes: list[Outcome]) -> list[list[int] | None]:

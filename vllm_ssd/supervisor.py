@@ -93,7 +93,7 @@ class DraftSupervisor:
             DraftFailed: if it gives up, dies, or takes longer than the ready timeout.
         """
         while self._state is State.LOADING:
-            exit_code = self._process.exit_code()
+            exit_code = self._process.exit_code()  # before the message: one that failed says why, then exits
             message = self._channel.receive()
             if isinstance(message, Failed):
                 raise DraftFailed(f"the draft process cannot serve: {message.reason}")
@@ -101,11 +101,9 @@ class DraftSupervisor:
                 self._become_ready(message)
                 return
             if exit_code is not None:
-                raise DraftFailed(f"the draft process exited with code {exit_code} while loading; see its output")
+                raise DraftFailed(f"the draft process exited with code {exit_code}; see its output above")
             if time.monotonic() > self._deadline:
-                raise DraftFailed(
-                    f"the draft process was not ready after {self._ready_timeout_s:g} s; raise ssd_ready_timeout"
-                )
+                raise DraftFailed(f"no draft after {self._ready_timeout_s:g} s; raise ssd_ready_timeout")
             time.sleep(AWAIT_POLL_S)
 
     def check(self) -> bool:

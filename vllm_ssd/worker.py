@@ -10,7 +10,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_ssd import compat
 from vllm_ssd.channel import Configure
-from vllm_ssd.config import GIB, SSDSpeculativeConfig, parse_cores
+from vllm_ssd.config import GIB, SSDSpeculativeConfig
 from vllm_ssd.counters import (
     DRAFT_COUNTERS_FILE,
     DRAFT_FIELDS,
@@ -32,7 +32,8 @@ class SSDWorker(CPUWorker):
     def init_device(self) -> None:
         """Start the draft process, then build the model runner."""
         ssd = self.vllm_config.speculative_config
-        assert isinstance(ssd, SSDSpeculativeConfig) and ssd.ssd_shared_dir is not None
+        assert isinstance(ssd, SSDSpeculativeConfig)
+        assert ssd.ssd_shared_dir is not None
         self._shared_dir = Path(ssd.ssd_shared_dir)
         self._shared_dir.mkdir(parents=True, exist_ok=True)
         fields = target_fields(ssd.num_speculative_tokens)
@@ -87,7 +88,6 @@ class SSDWorker(CPUWorker):
 
 def _configure(ssd: SSDSpeculativeConfig, max_num_seqs: int) -> Configure:
     draft = ssd.draft_model_config
-    assert ssd.ssd_draft_cores is not None
     engine_args = {
         "dtype": str(draft.dtype).removeprefix("torch."),
         "max_model_len": draft.max_model_len,
@@ -105,7 +105,7 @@ def _configure(ssd: SSDSpeculativeConfig, max_num_seqs: int) -> Configure:
         table_dir="",
         model=draft.model,
         engine_args=engine_args,
-        cores=parse_cores(ssd.ssd_draft_cores),
+        cores=ssd.draft_cores,
         num_speculative_tokens=ssd.num_speculative_tokens,
         fanout=ssd.ssd_fanout,
         branch_budget=ssd.ssd_branch_budget,

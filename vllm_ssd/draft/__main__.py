@@ -35,7 +35,7 @@ def main() -> None:
     channel.close()
 
 
-def _build_server(configure: Configure, channel: Channel):  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _build_server(configure: Configure, channel: Channel):  # type: ignore[no-untyped-def]
     if configure.protocol != PROTOCOL_VERSION:
         raise ValueError(f"target speaks protocol {configure.protocol}, this draft {PROTOCOL_VERSION}")
     # Only now: these import torch and vLLM, which read the cores and OpenMP variables set for this process.

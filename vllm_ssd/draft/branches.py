@@ -60,8 +60,8 @@ def choose_candidates(candidates: Int64Array, sent: int | None, count: int) -> I
 
     Args:
         candidates: [num_candidates] token ids, most likely first.
-        sent: the draft token that the target verifies at this position. Had it been right, it would have been
-            accepted, so it cannot be the recovery token. None after the last draft, where any token can follow.
+        sent: the draft token that the target verifies at this position. Had it been right, it would have
+            been accepted, so it cannot be the recovery token. None after the last draft: any can follow.
         count: how many.
     """
     if sent is not None:

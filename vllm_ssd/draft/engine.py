@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import vllm.ir
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import set_forward_context
@@ -161,7 +160,7 @@ def _engine_config(configure: Configure) -> VllmConfig:
 def _init_device(config: VllmConfig) -> None:
     """What a vLLM worker does before it loads a model, for a world of one process."""
     if current_platform.is_cpu():
-        import vllm.v1.worker.cpu.shm  # noqa: F401  registers the CPU collectives that layers look up
+        import vllm.v1.worker.cpu.shm
     current_platform.import_kernels()
     config.kernel_config.ir_op_priority.set_default()
     vllm.ir.set_default_torch_wrap(config.compilation_config.ir_enable_torch_wrap)
@@ -176,7 +175,9 @@ def _plan_kv_cache(config: VllmConfig, memory_bytes: int) -> KVCacheConfig:
     specs = get_kv_cache_spec(config)
     if not all(type(spec) is FullAttentionSpec for spec in specs.values()):
         kinds = sorted({type(spec).__name__ for spec in specs.values()})
-        raise UnsupportedDraft(f"draft layers are {', '.join(kinds)}; choose a draft with full attention only")
+        raise UnsupportedDraft(
+            f"draft layers are {', '.join(kinds)}; choose a draft with full attention only"
+        )
     resolve_kv_cache_layout(config, [supported_kv_cache_layouts(config)], specs.values())
     plan = kv_cache_config(config, specs, memory_bytes)
     if len(plan.kv_cache_groups) != 1:

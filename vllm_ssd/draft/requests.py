@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import numpy as np
 import numpy.typing as npt
@@ -187,10 +188,10 @@ class DraftRequest:
             if branch is None or group.steps == 0:
                 continue
             num_drafts = len(outcome.drafts)
-            if group.chains[branch, 1 : 1 + num_drafts].tolist() != outcome.drafts or num_drafts > group.steps:
-                continue
-            self._become(group, branch, outcome)
-            return True
+            known = group.chains[branch, 1 : 1 + min(num_drafts, group.steps)].tolist()
+            if known == outcome.drafts:
+                self._become(group, branch, outcome)
+                return True
         return False
 
     def _become(self, group: BranchGroup, branch: int, outcome: RoundOutcome) -> None:
@@ -210,7 +211,7 @@ class DraftRequest:
         self._release_branches()
         new = outcome.tokens + outcome.drafts
         old = self.tokens[self.num_confirmed :]
-        common = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(old, new, strict=False)))
         self.tokens[self.num_confirmed :] = new
         self.num_computed = min(self.num_computed, self.num_confirmed + common)
         self.num_confirmed += len(outcome.tokens)

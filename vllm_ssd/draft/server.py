@@ -161,7 +161,8 @@ class DraftServer:
 
     def _branch_budget(self) -> int:
         """Branches per request, such that all requests' branches fit in one step's rows."""
-        return min(self._configure.branch_budget, max(1, self._configure.max_rows // max(1, len(self._requests))))
+        share = self._configure.max_rows // max(1, len(self._requests))
+        return min(self._configure.branch_budget, max(1, share))
 
     def _fan_out(self, num_sent: int, budget: int) -> list[int]:
         if self._configure.fanout is None:
