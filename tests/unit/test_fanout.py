@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -58,5 +60,5 @@ def test_scaling_keeps_proportions(fanout: list[int], budget: int) -> None:
 def test_scaling_keeps_the_order(fanout: list[int], budget: int) -> None:
     scaled = scale_fanout(fanout, budget)
     pairs = sorted(zip(fanout, scaled, strict=True))
-    for (count, share), (larger, larger_share) in zip(pairs, pairs[1:], strict=False):
+    for (count, share), (larger, larger_share) in pairwise(pairs):
         assert count == larger or share <= larger_share

@@ -1,0 +1,109 @@
+"""Real vLLM in this process: one engine alive at a time, kept while tests ask for the same one."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+CORES = os.sched_getaffinity(0)
+MAX_MODEL_LEN = 1024
+
+
+class Engines:
+    """Builds vLLM engines and keeps the last one."""
+
+    def __init__(self) -> None:
+        self._key: str | None = None
+        self._llm: Any = None
+
+    def get(self, target: Path, speculative_config: dict[str, Any] | None = None, **options: Any) -> Any:
+        """An `LLM` of these options; the last one, if they are the same."""
+        key = json.dumps([str(target), speculative_config, options], default=str, sort_keys=True)
+        if key != self._key:
+            self.close()
+            self._llm = build(target, speculative_config, **options)
+            self._key = key
+        return self._llm
+
+    def close(self) -> None:
+        """Shut the engine down, if there is one."""
+        llm, self._llm, self._key = self._llm, None, None
+        if llm is not None:
+            shut_down(llm)
+
+
+def build(target: Path, speculative_config: dict[str, Any] | None = None, **options: Any) -> Any:
+    """An `LLM` in this process, in float32."""
+    from vllm import LLM
+
+    # vLLM binds this very thread to the target's core; the next engine must see all cores again.
+    os.sched_setaffinity(0, CORES)
+    chosen: dict[str, Any] = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": MAX_MODEL_LEN,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": MAX_MODEL_LEN,
+        "disable_log_stats": False,
+        "seed": 0,
+    }
+    chosen |= options
+    if speculative_config is not None:
+        # A new dict for each engine: vLLM adds to it.
+        chosen["speculative_config"] = {
+            name: str(value) if isinstance(value, Path) else value for name, value in speculative_config.items()
+        }
+    return LLM(str(target), **chosen)
+
+
+def shut_down(llm: Any) -> None:
+    """End an engine and what it keeps in this process."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    cleanup_dist_env_and_memory()
+    gc.collect()
+    os.sched_setaffinity(0, CORES)
+
+
+def ssd(draft: Path, num_speculative_tokens: int, **options: Any) -> dict[str, Any]:
+    """A speculative config of method "ssd"."""
+    return {
+        "method": "ssd",
+        "model": draft,
+        "num_speculative_tokens": num_speculative_tokens,
+        "ssd_draft_memory": 0.25,
+        **options,
+    }
+
+
+def generate(llm: Any, prompts: Sequence[list[int]], params: Any) -> list[list[int]]:
+    """[B] token ids of each prompt's completion; all of them are asked for at once."""
+    from vllm.inputs import TokensPrompt
+
+    outputs = llm.generate([TokensPrompt(prompt_token_ids=list(p)) for p in prompts], params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def greedy_params(max_tokens: int, **options: Any) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, **options)
+
+
+def stats(llm: Any) -> dict[str, Any]:
+    """SSD's counters."""
+    return llm.collective_rpc("ssd_stats")[0]
+
+
+def metric(llm: Any, name: str) -> Any:
+    """A counter (or vector) of vLLM's own metrics, summed over engines."""
+    found = [m for m in llm.get_metrics() if m.name == name]
+    assert found, name
+    values = [m.values if hasattr(m, "values") else m.value for m in found]
+    return values[0] if len(values) == 1 else sum(values)
