@@ -242,7 +242,7 @@ def parse_arguments() -> argparse.Namespace:
     asking.add_argument("--method", default="ssd")
     asking.add_argument("--k", type=int, default=4)
     asking.add_argument("--out-tokens", type=int, default=160)
-    asking.add_argument("--deadline", type=float, default=240, help="seconds until the server must be ready")
+    asking.add_argument("--deadline", type=float, default=300, help="seconds until the server must be ready")
     asking.add_argument("--log", type=Path, required=True)
     asking.add_argument("--json", type=Path, required=True)
     asking.set_defaults(run=ask)

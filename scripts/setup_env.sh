@@ -81,12 +81,10 @@ make_venv() {
 }
 
 # pip_install ARGUMENTS...: what pip says goes to a log; what it has done so far is told now and then.
-# pip byte-compiles what it installs, and that stays so: a machine that sets PYTHONDONTWRITEBYTECODE would compile
-# vLLM and torch anew in every process, and a server has four.
 pip_install() {
   local log="$SSD_VENV/pip.log" job tick=0
   "$SSD_VENV/bin/python" -m pip install --disable-pip-version-check --no-input --progress-bar off \
-    --no-deps "$@" >"$log" 2>&1 &
+    --no-deps --no-compile "$@" >"$log" 2>&1 &
   job=$!
   while kill -0 "$job" 2>/dev/null; do
     sleep 0.5
@@ -128,6 +126,14 @@ install_locked() {
   pip_install -r "$SSD_LOCK" || pip_failed "pip cannot install requirements/cpu.lock"
   # An environment that had the CUDA companions before (trap 2) must lose them.
   "$SSD_VENV/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec 2>/dev/null
+}
+
+# pip would compile on one core; this uses all. Leaving it to the first import is no way out: a machine that sets
+# PYTHONDONTWRITEBYTECODE would compile vLLM and torch anew in every process, and a server has four.
+compile_packages() {
+  step "byte-compiling them"
+  # Some packages ship templates and samples that are no valid Python: that is not our failure.
+  "$SSD_VENV/bin/python" -m compileall -qq -j 0 -x '/tests?/' "$SSD_VENV"/lib/python3.11/site-packages >/dev/null || true
 }
 
 # Editable, so that tests and scripts run this checkout. setuptools comes from the lock, hence no build isolation.
@@ -201,6 +207,7 @@ setup() {
   make_venv "$python"
   install_torch
   install_locked
+  compile_packages
   install_package
   name_vllm
   check_libnuma
