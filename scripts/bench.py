@@ -41,12 +41,14 @@ from harness import (
     running_engines,
     write_json,
 )
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 METHODS = ("ar", "draft_model", "ssd")
 WARM_UP_TOKENS = 24
 PROMPT_SEED = 1  # the check for losslessness uses others; none is used in training
+QUIET_SHARE = 0.97  # of the target's core that its process got, if nothing else ran there
 SPARE_POSITIONS = 64  # so that no speculation is cut short at the longest length
 
 console = Console()
@@ -61,6 +63,7 @@ class Contestant:
 
     @property
     def label(self) -> str:
+        """For people."""
         return self.method if self.k is None else f"{self.method} K={self.k}"
 
 
@@ -123,6 +126,7 @@ def summarise(measured: Measurements, temperature: float, cores: Cores) -> dict[
         "tok_s_repeats": speeds,
         "tok_s_per_core": rounded(median(speeds) / num_cores),
         "cores": num_cores,
+        "target_core_share": rounded(median(result.cpu_seconds / result.seconds for result in results)),
         "round_ms": rounded(1000 * median(steps)) if steps else None,
         "tokens_per_round": ratio(
             sum(result.decode_tokens for result in results), sum(result.decode_rows for result in results)
@@ -290,11 +294,11 @@ class Bench:
 
 
 def shown(value: Any) -> str:
-    """A table's cell."""
+    """A table's cell; lists are shares, shown as percentages."""
     if value is None:
         return "-"
     if isinstance(value, list):
-        return " ".join("-" if item is None else f"{item:.2f}" for item in value)
+        return " ".join("-" if item is None else f"{100 * item:.0f}" for item in value)
     return f"{value:.2f}" if isinstance(value, float) and abs(value) < 10 else f"{value:.0f}"
 
 
@@ -303,25 +307,21 @@ SPEED_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "batch": lambda row: shown(row["batch"]),
     "method": lambda row: Contestant(row["method"], row["k"]).label,
     "tok/s": lambda row: shown(row["tok_s"]),
-    "min-max": lambda row: f"{row['tok_s_spread']['min']:.0f}-{row['tok_s_spread']['max']:.0f}",
-    "per core": lambda row: shown(row["tok_s_per_core"]),
-    "round ms": lambda row: shown(row["round_ms"]),
+    "range": lambda row: f"{row['tok_s_spread']['min']:.0f}-{row['tok_s_spread']['max']:.0f}",
+    "/core": lambda row: shown(row["tok_s_per_core"]),
+    "ms/round": lambda row: shown(row["round_ms"]),
     "tok/round": lambda row: shown(row["tokens_per_round"]),
     "x ar": lambda row: shown(row.get("speedup_vs_ar")),
-    "x draft_model": lambda row: shown(row.get("speedup_vs_draft_model_best_k")),
+    "x d_m": lambda row: shown(row.get("speedup_vs_draft_model_best_k")),
 }
 SPECULATION_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "batch": SPEED_COLUMNS["batch"],
     "method": SPEED_COLUMNS["method"],
-    "accepted at 1..K": lambda row: shown(row["acceptance_per_position"]),
+    "accepted %": lambda row: shown(row["acceptance_per_position"]),
     "hits": lambda row: shown(row.get("hit_rate")),
-    "hits at 0..K": lambda row: shown(row.get("hit_rate_by_k")),
-    "target ms": lambda row: shown(row.get("critical_path_ms_per_round")),
-    "draft ms x steps": lambda row: (
-        f"{shown(row['draft_step_ms'])} x {shown(row['draft_steps_per_round'])}"
-        if "draft_step_ms" in row
-        else "-"
-    ),
+    "by k %": lambda row: shown(row.get("hit_rate_by_k")),
+    "ssd ms": lambda row: shown(row.get("critical_path_ms_per_round")),
+    "draft ms": lambda row: shown(row.get("draft_step_ms")),
 }
 
 
@@ -329,9 +329,9 @@ def make_table(
     title: str, columns: dict[str, Callable[[dict[str, Any]], str]], rows: list[dict[str, Any]]
 ) -> Table:
     """Rows in the order given, a rule between batch sizes."""
-    table = Table(title=title)
+    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", pad_edge=False, collapse_padding=True)
     for heading in columns:
-        table.add_column(heading, justify="left" if heading == "method" else "right")
+        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for row, following in zip(rows, [*rows[1:], rows[-1]], strict=True):
         table.add_row(
             *(cell(row) for cell in columns.values()), end_section=row["batch"] != following["batch"]
@@ -345,6 +345,13 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
     speculating = [row for row in rows if row["k"] is not None]
     if speculating:
         console.print(make_table("Speculation", SPECULATION_COLUMNS, speculating))
+    console.print(
+        "x ar, x d_m: speed relative to no speculation and to draft_model at its best K. accepted: at each "
+        "draft position. hits: outcomes foreseen, then by accepted length k. ssd ms: what SSD costs the "
+        "target in a round. draft ms: one step of the draft process."
+    )
+    if min(row["target_core_share"] for row in rows) < QUIET_SHARE:
+        console.print("[yellow]Other processes used the target's core meanwhile: these figures are rough.")
 
 
 def parse_methods(text: str) -> list[str]:
@@ -392,6 +399,8 @@ def main() -> int:
     except EngineFailed as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     rows = bench.rows()
     settings = {
         name: getattr(args, name) for name in ("prompt_tokens", "out_tokens", "repeats", "ssd_config")

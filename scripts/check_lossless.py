@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -59,6 +59,7 @@ LIMITS = {
     "scheduler_reserve_full_isl": False,  # admit more than fits, so that requests are preempted
 }
 TIE_NATS = 1e-3  # differences in rounding are some 1e-6
+DIFFERENCES_SHOWN = 5
 
 console = Console()
 
@@ -159,6 +160,12 @@ def parts_of(task: GenerationTask) -> Iterator[tuple[int, GenerationTask]]:
         yield begin, GenerationTask(task.prompts[part], task.out_tokens[part], task.max_in_flight[part])
 
 
+def stamp_models(models: Iterable[str]) -> list[tuple[str, int, int]]:
+    """Path, size and time of every file of those models that are local folders."""
+    files = sorted(file for model in models for file in Path(model).glob("*") if file.is_file())
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
 def compare(
     k: int, offset: int, part: GenerationTask, reference: GenerationResult, found: GenerationResult
 ) -> list[Difference]:
@@ -196,6 +203,7 @@ class Check:
         more_args: dict[str, Any],
     ) -> None:
         self._models = target, draft
+        self._stamp = stamp_models(self._models)
         self._cores = choose_cores()
         self._ssd_config = ssd_config
         self._limits = LIMITS | more_args
@@ -222,6 +230,8 @@ class Check:
     @contextmanager
     def _engine(self, method: str, k: int | None, progress: Progress) -> Iterator[EngineProcess]:
         target, draft = self._models
+        if stamp_models(self._models) != self._stamp:
+            raise EngineFailed("the model files changed during the check, so its outputs cannot be compared")
         args = engine_args(target, method, draft, k, self._cores, self._ssd_config, **self._limits)
         label = "without speculation" if k is None else f"SSD K={k}"
         progress.step(f"{label}: starting the engine")
@@ -285,8 +295,12 @@ def print_outcome(check: Check, report: dict[str, Any], shortfalls: list[str]) -
         )
     for line in shortfalls:
         console.print(f"fell short: {line}", style="yellow", soft_wrap=True)
-    for difference in check.differences:
+    for difference in check.differences[:DIFFERENCES_SHOWN]:
         console.print(f"difference: {difference.describe()}", style="red", highlight=False, soft_wrap=True)
+    if len(check.differences) > DIFFERENCES_SHOWN:
+        console.print(
+            f"... and {len(check.differences) - DIFFERENCES_SHOWN} more prompts differ; see the JSON"
+        )
     console.print(
         f"{report['result']}: {report['prompts']} prompts, {report['tokens_compared']} tokens compared, "
         f"{report['preemptions']} preemptions",
@@ -324,6 +338,8 @@ def main() -> int:
     except EngineFailed as error:
         console.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         return 2
+    except KeyboardInterrupt:
+        return 130
     shortfalls = check.shortfalls()
     result = "different" if check.differences else "inconclusive" if shortfalls else "identical"
     report = check.report(result)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import time
 from collections import deque
@@ -90,7 +91,7 @@ class Engine:
         waiting = deque(range(len(task.prompts)))
         in_flight: dict[str, int] = {}  # request id -> index of the prompt
         full_batch = max(task.max_in_flight)
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         while waiting or in_flight:
             while waiting and len(in_flight) < task.max_in_flight[waiting[0]]:
                 index = waiting.popleft()
@@ -107,7 +108,7 @@ class Engine:
                 result.decode_tokens += num_tokens
                 if num_in_flight == full_batch:
                     result.decode_seconds.append(seconds)
-        result.seconds = time.perf_counter() - began
+        result.seconds, result.cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
 
     def _add(self, task: GenerationTask, index: int) -> str:
         self._num_requests += 1
@@ -162,13 +163,17 @@ def _bind_threads(core: int) -> None:
 
 def main() -> None:
     """Serve the process that started this one."""
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     connection = Connection(int(sys.argv[1]))
     received = receive_until_closed(connection)
     engine = Engine(next(received))
-    connection.send("ready")
-    for task in received:
-        connection.send(engine.generate(task))
-    engine.shutdown()
+    try:
+        connection.send("ready")
+        for task in received:
+            connection.send(engine.generate(task))
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        engine.shutdown()
 
 
 if __name__ == "__main__":

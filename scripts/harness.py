@@ -32,7 +32,8 @@ from rich.status import Status
 SCRIPTS = Path(__file__).parent
 READY_TIMEOUT_S = 300.0
 TASK_TIMEOUT_S = 900.0
-EXIT_GRACE_S = 15.0
+IDLE_EXIT_S = 4.0
+BUSY_EXIT_S = 10.0
 LOG_LINES_SHOWN = 25
 
 # Why each of these: scripts/setup_env.sh. That all engines have one thread is what makes them comparable.
@@ -99,6 +100,7 @@ class GenerationResult:
 
     outputs: list[list[int]]  # token ids per prompt
     seconds: float = 0.0  # from the first request's arrival to the last one's end
+    cpu_seconds: float = 0.0  # of the target's process in that time; the rest its core worked for others
     decode_seconds: list[float] = field(
         default_factory=list
     )  # engine steps at full batch without any prefill
@@ -168,17 +170,25 @@ class EngineProcess:
         return result
 
     def ask_to_end(self) -> None:
-        """Let the process end in good order."""
+        """Let a process that waits for a task end in good order."""
         self._connection.close()
 
     def end(self) -> None:
         """Wait for the process to end; end what is left of its process group, which holds nothing but it."""
         self.ask_to_end()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(EXIT_GRACE_S)
+        if not self._ends_within(IDLE_EXIT_S):
+            self._process.terminate()  # it loads or is at work
+            self._ends_within(BUSY_EXIT_S)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+
+    def _ends_within(self, seconds: float) -> bool:
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
     def _receive(self, timeout_s: float) -> Any:
         try:

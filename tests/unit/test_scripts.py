@@ -23,7 +23,7 @@ CORES = harness.Cores(target=0, draft=1)
 
 
 def result(seconds: float, tokens: int, **more: Any) -> harness.GenerationResult:
-    return harness.GenerationResult(outputs=[[1] * tokens], seconds=seconds, **more)
+    return harness.GenerationResult(outputs=[[1] * tokens], seconds=seconds, cpu_seconds=seconds / 2, **more)
 
 
 def measured(
@@ -80,6 +80,7 @@ def test_a_row_has_the_median_and_the_spread() -> None:
     assert row["tok_s"] == row["tok_s_per_core"] == 20
     assert row["tok_s_spread"] == {"min": 10, "max": 60, "iqr": 25}
     assert row["tok_s_repeats"] == [10, 20, 60]
+    assert row["target_core_share"] == 0.5
     assert "acceptance_per_position" not in row
     assert "hit_rate" not in row
 
@@ -155,7 +156,7 @@ def test_the_tables_show_every_method() -> None:
     text = console.export_text()
     for row in rows:
         assert bench.Contestant(row["method"], row["k"]).label in text
-    assert "0.25 0.88 -" in text
+    assert "25 88 -" in text
 
 
 def test_speculating_methods_get_every_k() -> None:
@@ -237,6 +238,15 @@ def test_only_close_first_two_tokens_are_a_tie(gap: float, token: int, is_tie: b
     found = check.find_difference(4, 0, 10, [7], [token], [harness.TopTwo(7, 8, gap)])
     assert found is not None
     assert found.is_tie is is_tie
+
+
+def test_a_changed_model_is_noticed(tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"1")
+    before = check.stamp_models([str(tmp_path), "some/hub-name"])
+    assert check.stamp_models([str(tmp_path), "some/hub-name"]) == before
+    weights.write_bytes(b"22")
+    assert check.stamp_models([str(tmp_path)]) != before
 
 
 @pytest.mark.parametrize("count", [1, 4, 10, 40, 200])
