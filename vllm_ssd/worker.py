@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
+from vllm.config import VllmConfig
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_ssd import compat
@@ -35,22 +37,20 @@ class SSDWorker(CPUWorker):
         assert isinstance(ssd, SSDSpeculativeConfig)
         assert ssd.ssd_shared_dir is not None
         self._shared_dir = Path(ssd.ssd_shared_dir)
-        self._shared_dir.mkdir(parents=True, exist_ok=True)
+        self._shared_dir.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds users' tokens
         fields = target_fields(ssd.num_speculative_tokens)
         self._counters = Counters(self._shared_dir / TARGET_COUNTERS_FILE, fields, create=True)
         self._supervisor = DraftSupervisor(
-            _configure(ssd, self.scheduler_config.max_num_seqs),
+            _configure(ssd, self.vllm_config),
             self._counters,
             ssd.ssd_ready_timeout,
             ssd.ssd_stall_timeout,
             ssd.ssd_max_restarts,
         )
-        try:
-            with compat.cpu_runner_class(SSDModelRunner):
-                super().init_device()
-        except BaseException:
-            self._stop_draft()
-            raise
+        # Also where nobody calls shutdown: an engine that fails to start, or is dropped in-process.
+        self._stop_draft = weakref.finalize(self, _stop_draft, self._supervisor, self._shared_dir)
+        with compat.cpu_runner_class(SSDModelRunner):
+            super().init_device()
         runner = self.model_runner
         assert isinstance(runner, SSDModelRunner)
         runner.proposer = Proposer(
@@ -81,12 +81,13 @@ class SSDWorker(CPUWorker):
             "draft": {"pid": self._supervisor.pid, "state": self._supervisor.state.value, **draft.as_dict()},
         }
 
-    def _stop_draft(self) -> None:
-        self._supervisor.close()
-        shutil.rmtree(self._shared_dir, ignore_errors=True)
+
+def _stop_draft(supervisor: DraftSupervisor, shared_dir: Path) -> None:
+    supervisor.close()
+    shutil.rmtree(shared_dir, ignore_errors=True)
 
 
-def _configure(ssd: SSDSpeculativeConfig, max_num_seqs: int) -> Configure:
+def _configure(ssd: SSDSpeculativeConfig, vllm_config: VllmConfig) -> Configure:
     draft = ssd.draft_model_config
     engine_args = {
         "dtype": str(draft.dtype).removeprefix("torch."),
@@ -98,6 +99,8 @@ def _configure(ssd: SSDSpeculativeConfig, max_num_seqs: int) -> Configure:
         "trust_remote_code": draft.trust_remote_code,
         "kv_cache_dtype": ssd.kv_cache_dtype or "auto",
         "seed": draft.seed,
+        "load_format": vllm_config.load_config.load_format,
+        "download_dir": vllm_config.load_config.download_dir,
     }
     return Configure(
         address="",
@@ -109,7 +112,7 @@ def _configure(ssd: SSDSpeculativeConfig, max_num_seqs: int) -> Configure:
         num_speculative_tokens=ssd.num_speculative_tokens,
         fanout=ssd.ssd_fanout,
         branch_budget=ssd.ssd_branch_budget,
-        max_slots=max_num_seqs,
+        max_slots=vllm_config.scheduler_config.max_num_seqs,
         max_rows=ssd.ssd_max_rows,
         prefill_chunk=ssd.ssd_prefill_chunk,
         memory_bytes=int(ssd.ssd_draft_memory * GIB),

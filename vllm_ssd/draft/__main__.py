@@ -8,6 +8,7 @@ parent dies in whatever way.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -23,7 +24,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the target, which then stops us
     configure = msgspec.json.decode(sys.stdin.buffer.readline(), type=Configure)
     os.sched_setaffinity(0, configure.cores)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(configure, os.getppid()), daemon=True).start()
     channel = Channel(configure.address, bind=False, receives=ToDraft)
     try:
         server = _build_server(configure, channel)
@@ -61,8 +62,10 @@ def _build_server(configure: Configure, channel: Channel):  # type: ignore[no-un
     return DraftServer(configure, engine, channel, cache, counters)
 
 
-def _exit_with_parent() -> None:
+def _exit_with_parent(configure: Configure, parent: int) -> None:
     sys.stdin.buffer.read()
+    if os.getppid() != parent:  # it died and could not clean up
+        shutil.rmtree(configure.shared_dir, ignore_errors=True)
     os._exit(0)
 
 
