@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 TESTS = Path(__file__).parent
 MARKED_FOLDERS = ("unit", "e2e", "v2", "faults", "gpu")
@@ -22,6 +23,13 @@ for name, value in {
     "TOKENIZERS_PARALLELISM": "false",
 }.items():
     os.environ.setdefault(name, value)
+
+# On a busy machine an example may take any time; and CI tries the same examples every time, so that it is red
+# only for what a change did. Runs by hand go on looking for new ones.
+settings.register_profile(
+    "ssd", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=bool(os.environ.get("CI"))
+)
+settings.load_profile("ssd")
 
 
 def has_gpu() -> bool:
