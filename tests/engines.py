@@ -39,6 +39,7 @@ class Engines:
 def build(target: Path, speculative_config: dict[str, Any] | None = None, **options: Any) -> Any:
     """An `LLM` in this process, in float32."""
     from vllm import LLM
+    from vllm.platforms.cpu import CpuPlatform
 
     # vLLM binds this very thread to the target's core; the next engine must see all cores again.
     os.sched_setaffinity(0, CORES)
@@ -55,9 +56,13 @@ def build(target: Path, speculative_config: dict[str, Any] | None = None, **opti
     if speculative_config is not None:
         # A new dict for each engine: vLLM adds to it.
         chosen["speculative_config"] = {
-            name: str(value) if isinstance(value, Path) else value for name, value in speculative_config.items()
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in speculative_config.items()
         }
-    return LLM(str(target), **chosen)
+    llm = LLM(str(target), **chosen)
+    # Once is enough for a process, and vLLM's search for kernels trips over modules that came since (Numba's).
+    CpuPlatform.register_triton_kernel_overrides = classmethod(lambda cls: None)
+    return llm
 
 
 def shut_down(llm: Any) -> None:
@@ -107,3 +112,8 @@ def metric(llm: Any, name: str) -> Any:
     assert found, name
     values = [m.values if hasattr(m, "values") else m.value for m in found]
     return values[0] if len(values) == 1 else sum(values)
+
+
+def in_worker(llm: Any, function: Any) -> Any:
+    """What `function(worker)` returns in the engine's worker, which is in this process."""
+    return llm.collective_rpc(function)[0]

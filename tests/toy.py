@@ -38,14 +38,6 @@ def rank_after(tokens: Sequence[int], vocab_size: int) -> Int64Array:
     return ranked_tokens(state, vocab_size)
 
 
-def greedy_continuation(tokens: Sequence[int], count: int, vocab_size: int) -> list[int]:
-    """What the toy itself continues with."""
-    chain = list(tokens)
-    for _ in range(count):
-        chain.append(int(rank_after(chain, vocab_size)[0]))
-    return chain[len(tokens) :]
-
-
 class ToyEngine:
     """`vllm_ssd.draft.server.Engine` on the toy model.
 

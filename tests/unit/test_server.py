@@ -3,177 +3,15 @@
 from __future__ import annotations
 
 import random
-import tempfile
-from dataclasses import dataclass, field
-from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from toy import ToyEngine, greedy_continuation, rank_after
-from wire import configure
+from target import Setup, Target, prompt
 
-from vllm_ssd.channel import Outcomes, Reset, RoundOutcome, Start, Stop
-from vllm_ssd.counters import DRAFT_FIELDS, Counters
-from vllm_ssd.draft.server import DraftServer
+from vllm_ssd.channel import Outcomes, Reset, RoundOutcome, Stop
 from vllm_ssd.fanout import listed_fanout, uniform_fanout
-from vllm_ssd.outcome import DEPTH, EPOCH, FIRST_DRAFT, ROUND, TOKEN, K, Outcome, OutcomeCache
-
-VOCAB = 12
-
-
-@dataclass
-class Setup:
-    """The sizes of one server; the defaults have room for everything."""
-
-    num_drafts: int = 3
-    budget: int = 8
-    fanout: list[int] | None = None
-    max_slots: int = 4
-    max_rows: int = 64
-    prefill_chunk: int = 16
-    num_blocks: int = 400
-    block_size: int = 4
-    vocab: int = VOCAB
-    max_model_len: int = 200
-
-
-@dataclass
-class Live:
-    """A request as the target knows it."""
-
-    slot: int
-    epoch: int
-    tokens: list[int]
-    drafts: list[int] = field(default_factory=list)
-    round: int = 0
-
-
-class Target:
-    """Plays the target: decides outcomes, looks them up, and checks everything the draft publishes."""
-
-    def __init__(self, setup: Setup) -> None:
-        self.setup = setup
-        folder = tempfile.TemporaryDirectory()
-        self._folder = folder
-        path = Path(folder.name)
-        asked = configure(
-            path,
-            num_speculative_tokens=setup.num_drafts,
-            fanout=setup.fanout,
-            branch_budget=setup.budget,
-            max_slots=setup.max_slots,
-            max_rows=setup.max_rows,
-            prefill_chunk=setup.prefill_chunk,
-        )
-        self.engine = ToyEngine(
-            setup.num_blocks,
-            setup.block_size,
-            setup.vocab,
-            setup.max_model_len,
-            # Every request may have a trunk row beside the branches.
-            max_rows=setup.max_rows + setup.max_slots,
-            max_tokens=setup.max_rows + setup.prefill_chunk,
-        )
-        self.cache = OutcomeCache(path, setup.max_slots, setup.budget, setup.num_drafts, create=True)
-        self.counters = Counters(path / "draft", DRAFT_FIELDS, create=True)
-        self.server = DraftServer(asked, self.engine, None, self.cache, self.counters)  # type: ignore[arg-type]
-        self.live: dict[int, Live] = {}
-        self.epoch = 0
-        self.hits = 0
-
-    @property
-    def num_free_blocks(self) -> int:
-        return self.server._pool.num_available
-
-    def start(self, slot: int, tokens: list[int]) -> Live:
-        self.epoch += 1
-        request = self.live[slot] = Live(slot, self.epoch, list(tokens))
-        self.server.handle(Start(slot, self.epoch, np.array(tokens, dtype="<i4").tobytes()))
-        return request
-
-    def stop(self, slot: int) -> None:
-        request = self.live.pop(slot)
-        self.server.handle(Stop(slot, request.epoch))
-
-    def step(self) -> bool:
-        busy = self.server.step()
-        self.check_cache()
-        return busy
-
-    def settle(self, limit: int = 500) -> None:
-        """Let the draft work until it has nothing left to do."""
-        for _ in range(limit):
-            if not self.step():
-                return
-        pytest.fail(f"the draft is still busy after {limit} steps")
-
-    def published(self, slot: int) -> list[tuple[int, int, list[int]]]:
-        """(k, token, drafts) of the branches that this round's outcome of the slot can find."""
-        request = self.live[slot]
-        entries = self.cache.entries[slot]
-        now = entries[(entries[:, EPOCH] == request.epoch) & (entries[:, ROUND] == request.round)]
-        return [
-            (int(e[K]), int(e[TOKEN]), e[FIRST_DRAFT : FIRST_DRAFT + int(e[DEPTH])].tolist()) for e in now
-        ]
-
-    def check_cache(self) -> None:
-        for slot, request in self.live.items():
-            branches = self.published(slot)
-            assert len({(k, token) for k, token, _ in branches}) == len(branches)
-            for k, token, drafts in branches:
-                assert 0 <= k <= len(request.drafts)
-                prefix = [*request.tokens, *request.drafts[:k]]
-                count = sum(1 for other, _, _ in branches if other == k)
-                likely = rank_after(prefix, self.setup.vocab)
-                if k < len(request.drafts):
-                    likely = likely[likely != request.drafts[k]]
-                assert token in likely[:count]
-                assert drafts == greedy_continuation([*prefix, token], len(drafts), self.setup.vocab)
-
-    def decide(self, slot: int, k: int, token: int, fallback: list[int] | None = None) -> list[int]:
-        """The target accepts k drafts and adds `token`; returns what it verifies next."""
-        request = self.live[slot]
-        outcome = Outcome(slot, request.epoch, request.round, k, token)
-        (served,) = self.cache.look_up([outcome])
-        self.hits += bool(served)
-        drafts = (fallback or []) if served is None else served
-        tokens = [*request.drafts[:k], token]
-        message = RoundOutcome(slot, request.epoch, request.round, tokens, drafts)
-        request.tokens += tokens
-        request.drafts = drafts
-        request.round += 1
-        self.server.handle(Outcomes([message]))
-        return drafts
-
-    def decide_like(self, slot: int, rng: random.Random) -> None:
-        """A random outcome: mostly foreseen ones, sometimes any, sometimes with n-gram drafts."""
-        request = self.live[slot]
-        branches = self.published(slot)
-        if branches and rng.random() < 0.7:
-            k, token, _ = rng.choice(branches)
-        else:
-            k = rng.randint(0, len(request.drafts))
-            token = rng.randrange(self.setup.vocab)
-        fallback = None
-        if rng.random() < 0.4:
-            fallback = [rng.randrange(self.setup.vocab) for _ in range(rng.randint(1, self.setup.num_drafts))]
-            if rng.random() < 0.5:  # n-gram drafts are often right
-                tokens = [*request.tokens, *request.drafts[:k], token]
-                fallback = greedy_continuation(tokens, len(fallback), self.setup.vocab)
-        self.decide(slot, k, token, fallback)
-
-    def finish(self) -> None:
-        """Stop everything; all blocks must be free again."""
-        for slot in list(self.live):
-            self.stop(slot)
-        assert not self.server.step()
-        assert self.num_free_blocks == self.setup.num_blocks
-
-
-def prompt(rng: random.Random, length: int, vocab: int = VOCAB) -> list[int]:
-    return [rng.randrange(vocab) for _ in range(length)]
+from vllm_ssd.outcome import EPOCH, Outcome
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 8, 9, 16, 17, 60])
@@ -370,7 +208,7 @@ def test_a_request_that_found_no_blocks_is_served_later() -> None:
     target.settle()
     assert not target.published(1)
     for _ in range(3):  # misses
-        target.decide(0, 0, int(rank_after(target.live[0].tokens, VOCAB)[-1]))
+        target.decide(0, 0, int(target.oracle.rank(target.live[0].tokens)[-1]))
         target.settle()
     # With eight tokens it is one block a branch, so there is room for the other's prompt.
     assert target.counters["prefill_tokens"] >= 8 + 31
@@ -433,11 +271,11 @@ def test_a_long_run(seed: int) -> None:
     )
     target = Target(setup)
     prefix = prompt(rng, 60)
-    for turn in range(400):
+    for turn in range(250):
         for slot in range(setup.max_slots):
             if slot not in target.live and rng.random() < 0.3:
                 target.start(slot, prefix[: rng.randint(1, 60)] + prompt(rng, rng.randint(0, 30)))
-            elif slot in target.live and (rng.random() < 0.03 or len(target.live[slot].tokens) > 300):
+            elif slot in target.live and (rng.random() < 0.03 or len(target.live[slot].tokens) > 200):
                 target.stop(slot)
         for _ in range(rng.randint(0, 5)):
             target.step()

@@ -1,0 +1,166 @@
+"""Messages over a real socket: they arrive as they were sent, and trouble shows as False or None."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import zmq
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from wire import configure
+
+from vllm_ssd import channel as channel_module
+from vllm_ssd.channel import (
+    Channel,
+    Configure,
+    Failed,
+    Outcomes,
+    Ready,
+    Reset,
+    RoundOutcome,
+    Shutdown,
+    Start,
+    Stop,
+    ToDraft,
+    ToTarget,
+)
+
+TO_DRAFT = [
+    Start(3, 7, b"\x01\0\0\0\xff\x7f\0\0"),
+    Outcomes([RoundOutcome(0, 1, 2, [5, 6], [7, 8, 9]), RoundOutcome(1, 2, 0, [4], [])]),
+    Outcomes([]),
+    Stop(3, 7),
+    Reset(),
+    Shutdown(),
+]
+TO_TARGET = [Ready(1, 32000, 100, 32), Failed("no such model: /x")]
+WAIT_MS = 20_000
+
+
+@pytest.fixture
+def ends(tmp_path: Path) -> Iterator[tuple[Channel, Channel]]:
+    """(target's end, draft's end)"""
+    address = f"ipc://{tmp_path}/s"
+    target = Channel(address, bind=True, receives=ToTarget)
+    draft = Channel(address, bind=False, receives=ToDraft)
+    yield target, draft
+    draft.close()
+    target.close()
+
+
+@pytest.mark.parametrize("message", TO_DRAFT, ids=lambda m: type(m).__name__)
+def test_to_the_draft(ends: tuple[Channel, Channel], message: Any) -> None:
+    target, draft = ends
+    assert draft.send(Ready(1, 2, 3, 4))  # a message to the peer means that both are connected
+    assert target.receive(WAIT_MS)
+    assert target.send(message)
+    assert draft.receive(WAIT_MS) == message
+
+
+@pytest.mark.parametrize("message", TO_TARGET, ids=lambda m: type(m).__name__)
+def test_to_the_target(ends: tuple[Channel, Channel], message: Any) -> None:
+    target, draft = ends
+    assert draft.send(message)
+    assert target.receive(WAIT_MS) == message
+
+
+def test_order_is_kept_and_nothing_more_comes(ends: tuple[Channel, Channel]) -> None:
+    target, draft = ends
+    draft.send(Ready(1, 2, 3, 4))
+    target.receive(WAIT_MS)
+    for epoch in range(200):
+        assert target.send(Stop(0, epoch))
+    assert [draft.receive(WAIT_MS).epoch for _ in range(200)] == list(range(200))
+    assert draft.receive() is None
+    assert draft.receive(1) is None
+
+
+@pytest.mark.parametrize(
+    "raw", [msgspec.msgpack.encode(["Surprise", 1]), msgspec.msgpack.encode(["Stop", "x", 1]), b"\xc1", b""]
+)
+def test_an_unknown_message_is_an_error(tmp_path: Path, raw: bytes) -> None:
+    address = f"ipc://{tmp_path}/s"
+    draft = Channel(address, bind=True, receives=ToDraft)
+    stranger = zmq.Context()
+    socket = stranger.socket(zmq.PAIR)
+    socket.connect(address)
+    socket.send(raw)
+    with pytest.raises(msgspec.DecodeError):  # ValidationError is one
+        draft.receive(WAIT_MS)
+    stranger.destroy(linger=0)
+    draft.close()
+
+
+def test_a_message_of_the_other_direction_is_an_error(ends: tuple[Channel, Channel]) -> None:
+    target, draft = ends
+    draft.send(Stop(0, 1))  # the wrong way round
+    with pytest.raises(msgspec.ValidationError):
+        target.receive(WAIT_MS)
+
+
+def test_without_a_peer_sending_fails_at_once(tmp_path: Path) -> None:
+    target = Channel(f"ipc://{tmp_path}/s", bind=True, receives=ToTarget)
+    assert not target.send(Reset())
+    assert target.receive() is None
+    target.close()
+
+
+def test_a_peer_that_reads_nothing_fills_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel_module, "HIGH_WATER_MARK", 4)
+    target = Channel(f"ipc://{tmp_path}/s", bind=True, receives=ToTarget)
+    draft = Channel(f"ipc://{tmp_path}/s", bind=False, receives=ToDraft)
+    draft.send(Ready(1, 2, 3, 4))
+    target.receive(WAIT_MS)
+    big = Start(0, 1, bytes(1 << 20))
+    assert False in [target.send(big) for _ in range(200)]
+    assert draft.receive(WAIT_MS) == big  # what was taken does arrive
+    draft.close()
+    target.close()
+
+
+def test_a_peer_that_went_away(tmp_path: Path) -> None:
+    address = f"ipc://{tmp_path}/s"
+    target = Channel(address, bind=True, receives=ToTarget)
+    draft = Channel(address, bind=False, receives=ToDraft)
+    draft.send(Ready(1, 2, 3, 4))
+    target.receive(WAIT_MS)
+    draft.close()
+    for _ in range(10_000):
+        if not target.send(Reset()):
+            break
+    else:
+        pytest.fail("sending into the void never failed")
+    target.close()
+
+
+@settings(max_examples=200)
+@given(
+    rows=st.lists(
+        st.builds(
+            RoundOutcome,
+            st.integers(0, 1000),
+            st.integers(1, 2**40),
+            st.integers(0, 2**31),
+            st.lists(st.integers(0, 2**31), min_size=1, max_size=17),
+            st.lists(st.integers(0, 2**31), max_size=16),
+        ),
+        max_size=5,
+    )
+)
+def test_encoding_keeps_every_field(rows: list[RoundOutcome]) -> None:
+    message = Outcomes(rows)
+    raw = msgspec.msgpack.encode(message)
+    assert msgspec.msgpack.Decoder(ToDraft).decode(raw) == message
+
+
+def test_configure_travels_as_one_json_line() -> None:
+    asked = configure(
+        "/x", engine_args={"dtype": "float32", "quantization": None}, fanout=[1, 2], cores=[3, 4]
+    )
+    line = msgspec.json.encode(asked)
+    assert b"\n" not in line
+    assert msgspec.json.decode(line, type=Configure) == asked

@@ -1,0 +1,274 @@
+"""The target's half of a round, with a link that records what the draft would be told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vllm_ssd import proposer as proposer_module
+from vllm_ssd.channel import Outcomes, RoundOutcome, Start, Stop, ToDraft
+from vllm_ssd.counters import Counters, target_fields
+from vllm_ssd.outcome import OutcomeCache
+from vllm_ssd.proposer import Proposer
+
+K, SLOTS, BUDGET = 3, 2, 8
+HISTORY = {"a": [1, 2, 3], "b": [4, 5], "c": [6]}
+
+
+class Link:
+    """A draft process that does what the test says."""
+
+    def __init__(self, cache: OutcomeCache) -> None:
+        self.outcomes = cache
+        self.ready = True
+        self.newly_ready = False
+        self.sent: list[ToDraft] = []
+
+    @property
+    def cache(self) -> OutcomeCache | None:
+        return self.outcomes if self.ready else None
+
+    def check(self) -> bool:
+        newly, self.newly_ready = self.newly_ready, False
+        self.ready |= newly
+        return newly
+
+    def send(self, message: ToDraft) -> None:
+        self.sent.append(message)
+
+    def take_sent(self) -> list[ToDraft]:
+        sent, self.sent = self.sent, []
+        return sent
+
+    def publish(self, start: Start, round_: int, k: int, token: int, drafts: list[int]) -> None:
+        """As the draft does for one foreseen outcome."""
+        entry = round_ % BUDGET
+        self.outcomes.open_branches(start.slot, entry, start.epoch, round_, np.array([k]), np.array([token]))
+        for depth, draft in enumerate(drafts):
+            self.outcomes.publish(start.slot, entry, depth, np.array([draft]))
+
+
+class FourMore:
+    """A fallback that always has drafts."""
+
+    name = "ngram"
+
+    def propose(self, tokens: list[int], num_drafts: int) -> list[int]:
+        return [*tokens[-1:], *range(90, 90 + num_drafts)][:num_drafts]
+
+
+class Bench:
+    """A proposer and everything around it."""
+
+    def __init__(self, folder: Path, wait_s: float = 0.0) -> None:
+        self.link = Link(OutcomeCache(folder, SLOTS, BUDGET, K, create=True))
+        self.counters = Counters(folder / "target", target_fields(K), create=True)
+        self.history = {name: list(tokens) for name, tokens in HISTORY.items()}
+        self.proposer = Proposer(
+            self.link, K, SLOTS, FourMore(), lambda name: self.history[name], self.counters, wait_s
+        )
+
+    def start(self, name: str) -> Start:
+        self.proposer.start(name, self.history[name])
+        (message,) = self.link.take_sent()
+        assert isinstance(message, Start)
+        return message
+
+    def outcomes(self) -> list[RoundOutcome]:
+        (message,) = self.link.take_sent()
+        assert isinstance(message, Outcomes)
+        return message.rows
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def test_a_start_carries_the_tokens(bench: Bench) -> None:
+    first, second = bench.start("a"), bench.start("b")
+    assert np.frombuffer(first.tokens, "<i4").tolist() == [1, 2, 3]
+    assert first.slot != second.slot
+    assert first.epoch != second.epoch
+
+
+def test_hits_and_misses_in_one_batch(bench: Bench) -> None:
+    a, b = bench.start("a"), bench.start("b")
+    bench.link.publish(a, 0, 0, 50, [51, 52, 53])
+    drafts = bench.proposer.propose(["b", "a"], [[70], [50]])
+    assert drafts == [[5, 90, 91], [51, 52, 53]]
+    assert bench.outcomes() == [
+        RoundOutcome(b.slot, b.epoch, 0, [70], [5, 90, 91]),
+        RoundOutcome(a.slot, a.epoch, 0, [50], [51, 52, 53]),
+    ]
+    # The next round has its own key, with the accepted length in it.
+    bench.link.publish(a, 1, 2, 60, [61])
+    assert bench.proposer.propose(["a"], [[51, 52, 60]]) == [[61]]
+    counted = bench.counters.as_dict()
+    assert counted["rounds"] == 2
+    assert (counted["lookups"], counted["hits"], counted["late"]) == (3, 2, 0)
+    assert (counted["lookups_k0"], counted["lookups_k2"], counted["hits_k0"], counted["hits_k2"]) == (
+        2,
+        1,
+        1,
+        1,
+    )
+    assert counted["drafts_served"] == 4
+    assert counted["fallback_ngram"] == 1
+    assert counted["undrafted"] == 0
+    assert counted["critical_path_ns"] > 0
+
+
+def test_the_same_outcome_of_another_round_or_length_is_a_miss(bench: Bench) -> None:
+    a = bench.start("a")
+    bench.link.publish(a, 1, 0, 50, [51])
+    bench.link.publish(a, 0, 1, 50, [52])
+    assert bench.proposer.propose(["a"], [[50]]) == [[3, 90, 91]]
+
+
+def test_foreseen_but_without_drafts_yet_goes_on_without(bench: Bench) -> None:
+    a = bench.start("a")
+    bench.link.publish(a, 0, 0, 50, [])
+    assert bench.proposer.propose(["a"], [[50]]) == [[]]
+    assert bench.outcomes()[0].drafts == []
+    assert bench.counters["late"] == 1
+    assert bench.counters["hits"] == 0
+
+
+def test_rows_without_an_outcome_are_left_alone(bench: Bench) -> None:
+    a = bench.start("a")
+    assert bench.proposer.propose(["a", "unknown"], [[], [3]]) == [[], []]
+    assert bench.link.take_sent() == []
+    bench.link.publish(a, 0, 0, 50, [51])  # still round 0
+    assert bench.proposer.propose(["a"], [[50]]) == [[51]]
+
+
+def test_without_a_draft_every_row_falls_back(bench: Bench) -> None:
+    bench.start("a")
+    bench.link.ready = False
+    bench.proposer.start("b", [4, 5])
+    assert bench.proposer.propose(["a", "b"], [[50], [60]]) == [[3, 90, 91], [5, 90, 91]]
+    bench.proposer.stop("b")
+    assert bench.link.take_sent() == []
+    assert bench.counters["undrafted"] == 2
+    assert bench.counters["lookups"] == 0
+
+
+def test_a_draft_newly_ready_is_told_of_every_request(bench: Bench) -> None:
+    old = bench.start("a")
+    bench.link.ready = False
+    bench.proposer.start("b", [4, 5])
+    bench.proposer.propose(["a", "b"], [[50], [60]])
+    bench.link.newly_ready = True
+    bench.history["a"].append(50)
+    assert bench.proposer.propose(["a", "b"], [[51], [61]]) == [[], []]
+    starts = bench.link.take_sent()
+    assert all(isinstance(message, Start) for message in starts)
+    tokens = {message.slot: np.frombuffer(message.tokens, "<i4").tolist() for message in starts}
+    assert sorted(tokens.values()) == [[1, 2, 3, 50], [4, 5]]
+    epochs = [message.epoch for message in starts]
+    assert len(set(epochs)) == 2
+    assert min(epochs) > old.epoch
+    # From round 0 again.
+    (start,) = [message for message in starts if tokens[message.slot] == [4, 5]]
+    bench.link.publish(start, 0, 0, 62, [63])
+    assert bench.proposer.propose(["b"], [[62]]) == [[63]]
+
+
+def test_slots_are_used_again_under_new_epochs(bench: Bench) -> None:
+    a, b = bench.start("a"), bench.start("b")
+    bench.proposer.stop("a")
+    assert bench.link.take_sent() == [Stop(a.slot, a.epoch)]
+    c = bench.start("c")
+    assert c.slot == a.slot
+    assert c.epoch > max(a.epoch, b.epoch)
+    bench.link.publish(a, 0, 0, 50, [51])  # left over from before
+    assert bench.proposer.propose(["c"], [[50]]) == [[6, 90, 91]]
+
+
+def test_preempted_and_resumed(bench: Bench) -> None:
+    bench.start("a")
+    bench.proposer.propose(["a"], [[50]])
+    bench.link.take_sent()
+    bench.proposer.stop("a")
+    bench.link.take_sent()
+    bench.history["a"].append(50)
+    again = bench.start("a")
+    assert np.frombuffer(again.tokens, "<i4").tolist() == [1, 2, 3, 50]
+    bench.link.publish(again, 0, 0, 7, [8, 9])
+    assert bench.proposer.propose(["a"], [[7]]) == [[8, 9]]
+
+
+def test_stopping_what_is_not_there_is_ignored(bench: Bench) -> None:
+    bench.proposer.stop("nobody")
+    bench.start("a")
+    bench.proposer.stop("a")
+    bench.link.take_sent()
+    bench.proposer.stop("a")
+    assert bench.link.take_sent() == []
+
+
+def test_many_requests_come_and_go_in_few_slots(bench: Bench) -> None:
+    seen = set()
+    for _ in range(20):
+        a, b = bench.start("a"), bench.start("b")
+        assert {a.slot, b.slot} == set(range(SLOTS))
+        seen |= {a.epoch, b.epoch}
+        bench.proposer.stop("a")
+        bench.proposer.stop("b")
+        bench.link.take_sent()
+    assert len(seen) == 40
+
+
+class Clock:
+    """Stands for the module's `time`: sleeping moves it, and may let something happen."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.naps = 0
+        self.on_nap = lambda: None
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def perf_counter_ns(self) -> int:
+        return int(self.now * 1e9)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.naps += 1
+        self.on_nap()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(proposer_module, "time", clock)
+    return clock
+
+
+def test_waiting_ends_at_the_deadline(tmp_path: Path, clock: Clock) -> None:
+    bench = Bench(tmp_path, wait_s=0.002)
+    a = bench.start("a")
+    bench.link.publish(a, 0, 0, 50, [51])
+    assert bench.proposer.propose(["a"], [[50]]) == [[51]]
+    assert 0.002 <= clock.now - 100.0 <= 0.002 + 2 * proposer_module.POLL_S
+    assert bench.counters["wait_ns"] == pytest.approx(2e6, rel=0.1)
+
+
+def test_waiting_ends_with_full_depth(tmp_path: Path, clock: Clock) -> None:
+    bench = Bench(tmp_path, wait_s=10.0)
+    a = bench.start("a")
+    bench.link.publish(a, 0, 0, 50, [51])
+    clock.on_nap = lambda: bench.link.publish(a, 0, 0, 50, [51, 52, 53][: clock.naps])
+    assert bench.proposer.propose(["a"], [[50]]) == [[51, 52, 53]]
+    assert clock.naps == 3
+
+
+def test_nobody_waits_for_a_miss(tmp_path: Path, clock: Clock) -> None:
+    bench = Bench(tmp_path, wait_s=10.0)
+    bench.start("a")
+    assert bench.proposer.propose(["a"], [[50]]) == [[3, 90, 91]]
+    assert clock.naps == 0

@@ -1,0 +1,273 @@
+"""The draft's states, with a process and a channel that do what the test says, and a clock of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from wire import configure
+
+from vllm_ssd import supervisor as supervisor_module
+from vllm_ssd.channel import PROTOCOL_VERSION, Configure, Failed, Ready, Reset, Stop
+from vllm_ssd.counters import DRAFT_COUNTERS_FILE, DRAFT_FIELDS, Counters, target_fields
+from vllm_ssd.supervisor import KILL_AFTER_STALLS, DraftFailed, DraftSupervisor, State
+
+READY = Ready(PROTOCOL_VERSION, 100, 10, 32)
+READY_TIMEOUT, STALL_TIMEOUT, MAX_RESTARTS = 30.0, 2.0, 2
+
+
+class Process:
+    """A draft process; the last one made is `Process.last`."""
+
+    last: Process
+    count = 0
+
+    def __init__(self, asked: Configure) -> None:
+        Process.count += 1
+        Process.last = self
+        self.asked = asked
+        self.pid = 1000 + Process.count
+        self.code: int | None = None
+        self.stopped = False
+
+    def exit_code(self) -> int | None:
+        return self.code
+
+    def stop(self, grace_s: float = 3.0) -> None:
+        self.stopped = True
+
+
+class Channel:
+    """The way to the draft; the last one made is `Channel.last`."""
+
+    last: Channel
+
+    def __init__(self, address: str, **options: Any) -> None:
+        Channel.last = self
+        self.address = address
+        self.inbox: list[Any] = []
+        self.sent: list[Any] = []
+        self.full = False
+        self.closed = False
+
+    def send(self, message: Any) -> bool:
+        if not self.full:
+            self.sent.append(message)
+        return not self.full
+
+    def receive(self, timeout_ms: int = 0) -> Any:
+        return self.inbox.pop(0) if self.inbox else None
+
+    def close(self, linger_ms: int = 0) -> None:
+        self.closed = True
+
+
+class Clock:
+    """Stands for the module's `time`."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class Bench:
+    """A supervisor and what it holds."""
+
+    def __init__(self, folder: Path, clock: Clock) -> None:
+        self.clock = clock
+        self.folder = folder
+        self.counters = Counters(folder / "target", target_fields(3), create=True)
+        self.supervisor = DraftSupervisor(
+            configure(folder), self.counters, READY_TIMEOUT, STALL_TIMEOUT, MAX_RESTARTS
+        )
+        self.draft = Counters(folder / DRAFT_COUNTERS_FILE, DRAFT_FIELDS, create=False)
+
+    def make_ready(self) -> None:
+        Channel.last.inbox.append(READY)
+        assert self.supervisor.check()
+        assert self.supervisor.state is State.READY
+
+    def stall(self) -> None:
+        """The draft leaves a message unread until it counts as stalled."""
+        self.supervisor.send(Stop(0, 1))
+        self.supervisor.check()
+        self.clock.now += STALL_TIMEOUT + 0.1
+        assert not self.supervisor.check()
+        assert self.supervisor.state is State.STALLED
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    clock = Clock()
+    monkeypatch.setattr(supervisor_module, "DraftProcess", Process)
+    monkeypatch.setattr(supervisor_module, "Channel", Channel)
+    monkeypatch.setattr(supervisor_module, "time", clock)
+    Process.count = 0
+    return Bench(tmp_path, clock)
+
+
+def test_from_loading_to_ready(bench: Bench) -> None:
+    assert bench.supervisor.state is State.LOADING
+    assert bench.supervisor.cache is None
+    assert not bench.supervisor.check()
+    bench.make_ready()
+    assert bench.supervisor.cache is not None
+    assert not bench.supervisor.check()  # told once
+    assert bench.counters["draft_alive"] == 1
+    assert bench.supervisor.pid == Process.last.pid
+    assert Path(Process.last.asked.table_dir).is_dir()
+    assert Process.last.asked.address == Channel.last.address
+
+
+def test_awaiting_a_draft_that_loads(bench: Bench) -> None:
+    Channel.last.inbox += [None, None, READY]
+    bench.supervisor.await_ready()
+    assert bench.supervisor.state is State.READY
+    bench.supervisor.await_ready()  # nothing more to wait for
+
+
+def test_awaiting_a_draft_that_fails(bench: Bench) -> None:
+    Channel.last.inbox.append(Failed("no such model"))
+    with pytest.raises(DraftFailed, match="no such model"):
+        bench.supervisor.await_ready()
+
+
+def test_awaiting_a_draft_that_dies(bench: Bench) -> None:
+    Process.last.code = -9
+    with pytest.raises(DraftFailed, match="code -9"):
+        bench.supervisor.await_ready()
+
+
+def test_awaiting_ends_at_the_deadline(bench: Bench) -> None:
+    with pytest.raises(DraftFailed, match="ssd_ready_timeout"):
+        bench.supervisor.await_ready()
+    assert bench.clock.now < READY_TIMEOUT + 1
+
+
+def test_an_idle_draft_is_not_stalled(bench: Bench) -> None:
+    bench.make_ready()
+    bench.supervisor.send(Stop(0, 1))
+    bench.draft.set("messages", 1)
+    for _ in range(10):
+        bench.clock.now += STALL_TIMEOUT
+        assert not bench.supervisor.check()
+    assert bench.supervisor.state is State.READY
+
+
+def test_a_slow_draft_is_not_stalled(bench: Bench) -> None:
+    """It is behind, but reads on."""
+    bench.make_ready()
+    for _ in range(30):
+        bench.supervisor.send(Stop(0, 1))
+    for _ in range(20):
+        bench.draft.add("messages")
+        bench.clock.now += STALL_TIMEOUT * 0.9
+        bench.supervisor.check()
+    assert bench.supervisor.state is State.READY
+
+
+def test_stall_and_recovery(bench: Bench) -> None:
+    bench.make_ready()
+    bench.stall()
+    assert bench.supervisor.cache is None
+    assert bench.counters["draft_alive"] == 0
+    assert bench.counters["draft_stalls"] == 1
+    assert not bench.supervisor.check()
+    bench.draft.set("messages", 1)
+    assert bench.supervisor.check()  # its requests must be introduced again
+    assert bench.supervisor.state is State.READY
+    assert Channel.last.sent[-1] == Reset()
+    assert bench.supervisor.cache is not None
+    assert bench.counters["draft_alive"] == 1
+    assert Process.count == 1
+
+
+def test_a_full_queue_is_a_stall(bench: Bench) -> None:
+    bench.make_ready()
+    Channel.last.full = True
+    bench.supervisor.send(Stop(0, 1))
+    bench.supervisor.send(Stop(0, 2))
+    assert bench.supervisor.state is State.STALLED
+    assert bench.counters["draft_stalls"] == 1
+    bench.draft.set("messages", 1)
+    assert not bench.supervisor.check()  # still full: the reset could not be sent
+    assert bench.supervisor.state is State.STALLED
+    Channel.last.full = False
+    bench.draft.set("messages", 2)
+    assert bench.supervisor.check()
+    assert Channel.last.sent == [Reset()]
+
+
+def test_a_draft_silent_for_long_is_started_again(bench: Bench) -> None:
+    bench.make_ready()
+    bench.stall()
+    old, old_channel = Process.last, Channel.last
+    bench.clock.now += KILL_AFTER_STALLS * STALL_TIMEOUT + 0.1
+    assert not bench.supervisor.check()
+    assert old.stopped
+    assert old_channel.closed
+    assert Process.last is not old
+    assert bench.supervisor.state is State.LOADING
+    bench.make_ready()
+
+
+def test_restarts_end_some_time(bench: Bench) -> None:
+    bench.make_ready()
+    for restart in range(MAX_RESTARTS):
+        old = Process.last
+        table = old.asked.table_dir
+        old.code = -9
+        assert not bench.supervisor.check()
+        assert bench.counters["draft_restarts"] == restart + 1
+        assert Process.last is not old
+        assert not Path(table).exists()
+        assert Process.last.asked.table_dir != table
+        assert bench.supervisor.cache is None
+        bench.make_ready()
+    Process.last.code = -9
+    assert not bench.supervisor.check()
+    assert bench.supervisor.state is State.GONE
+    assert not bench.supervisor.check()
+    assert bench.supervisor.cache is None
+    assert bench.counters["draft_alive"] == 0
+    assert Process.count == 1 + MAX_RESTARTS
+    bench.supervisor.close()
+
+
+def test_messages_after_the_end_are_dropped(bench: Bench) -> None:
+    bench.make_ready()
+    for _ in range(MAX_RESTARTS + 1):
+        Process.last.code = 1
+        bench.supervisor.check()
+    bench.supervisor.send(Stop(0, 1))
+    assert bench.supervisor.state is State.GONE
+
+
+def test_a_restarted_draft_that_cannot_load(bench: Bench) -> None:
+    bench.make_ready()
+    Process.last.code = 1
+    bench.supervisor.check()
+    Channel.last.inbox.append(Failed("out of memory"))
+    assert not bench.supervisor.check()
+    assert bench.counters["draft_restarts"] == 2
+    bench.clock.now += READY_TIMEOUT + 1  # and one that takes too long
+    assert not bench.supervisor.check()
+    assert bench.supervisor.state is State.GONE
+
+
+def test_close_stops_the_draft_and_cleans_up(bench: Bench) -> None:
+    bench.make_ready()
+    table = Path(Process.last.asked.table_dir)
+    bench.supervisor.close()
+    assert Process.last.stopped
+    assert Channel.last.closed
+    assert not table.exists()
+    assert bench.supervisor.cache is None
+    assert bench.counters["draft_alive"] == 0
+    assert not bench.supervisor.check()
