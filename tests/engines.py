@@ -60,7 +60,7 @@ def build(target: Path, speculative_config: dict[str, Any] | None = None, **opti
             for name, value in speculative_config.items()
         }
     llm = LLM(str(target), **chosen)
-    # Once is enough for a process, and vLLM's search for kernels trips over modules that came since (Numba's).
+    # Once is enough for a process; vLLM's next search for kernels trips over modules that came since.
     CpuPlatform.register_triton_kernel_overrides = classmethod(lambda cls: None)
     return llm
 

@@ -88,8 +88,8 @@ def p_of_first_tokens(samples: list[list[int]], law: Law) -> float:
 def p_of_all_tokens(samples: list[list[int]], law: Law) -> float:
     """All tokens of all positions, and neighbours jointly.
 
-    Each token becomes a number that is uniform and independent of the others if the law is right: a random point
-    of the token's interval, where the tokens' probabilities lie side by side, likeliest first.
+    Each token becomes a number that is uniform and independent of the others if the law is right: a random
+    point of the token's interval, where the tokens' probabilities lie side by side, likeliest first.
     """
     laws = law.next_tokens([[*PROMPT, *sample] for sample in samples])[:, len(PROMPT) - 1 : -1]
     tokens = np.array(samples)[..., None]

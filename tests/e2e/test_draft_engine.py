@@ -1,0 +1,175 @@
+"""The draft engine on real vLLM: branches over shared blocks equal a full recomputation."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from engines import Engines
+from target import Setup, Target
+from transformers import LlamaForCausalLM
+
+from vllm_ssd.draft.rows import Rows
+
+pytestmark = pytest.mark.timeout(240)
+
+K, BLOCK, NUM_CANDIDATES, VOCAB = 4, 32, 16, 512
+TOLERANCE = 2e-4  # of logits of order one; what the copy leaves out changes them by more than a tenth
+SETUP = Setup(
+    num_drafts=K, budget=12, max_slots=4, max_rows=48, prefill_chunk=64, block_size=BLOCK, vocab=VOCAB
+)
+
+
+class Model:
+    """`DraftEngine`, and the logits behind its candidates."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.logits = torch.empty(0)
+        stock = engine.model.compute_logits
+
+        def compute_logits(hidden: torch.Tensor) -> torch.Tensor:
+            self.logits = stock(hidden)
+            return self.logits
+
+        engine.model.compute_logits = compute_logits
+        self.width = -(-engine.max_model_len // BLOCK)
+
+    def run(self, *rows: tuple[list[int], int, list[int]]) -> tuple[npt.NDArray[np.int64], torch.Tensor]:
+        """Rows of (tokens, first position, blocks): candidates and logits after each row's last token."""
+        tables = np.zeros((len(rows), self.width), dtype=np.int32)
+        for table, (_, _, blocks) in zip(tables, rows, strict=True):
+            table[: len(blocks)] = blocks
+        lengths = [len(tokens) for tokens, _, _ in rows]
+        batch = Rows(
+            np.concatenate([np.array(tokens, dtype=np.int64) for tokens, _, _ in rows]),
+            np.concatenate([np.arange(first, first + len(tokens)) for tokens, first, _ in rows]),
+            np.array(lengths, dtype=np.int32),
+            tables,
+            np.cumsum(lengths) - 1,
+        )
+        return self.engine.forward(batch, NUM_CANDIDATES), self.logits.clone()
+
+
+@pytest.fixture(scope="module")
+def model(
+    engines: Engines, pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Model]:
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from vllm_ssd.draft.engine import DraftEngine
+
+    engines.close()  # one of them has this process's distributed state
+    asked = SETUP.configure(
+        tmp_path_factory.mktemp("draft"),
+        model=str(pair[1]),
+        engine_args={"dtype": "float32", "max_model_len": 512, "block_size": BLOCK},
+    )
+    yield Model(DraftEngine(asked))
+    cleanup_dist_env_and_memory()
+
+
+def tokens_of(seed: int, length: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(2, VOCAB) for _ in range(length)]
+
+
+def branch_logits(model: Model, trunk: list[int], copy: bool) -> list[tuple[list[int], torch.Tensor]]:
+    """Three branches after the trunk, run K steps: (tokens, logits after the last) of each."""
+    engine = model.engine
+    shared, partial = divmod(len(trunk), BLOCK)
+    blocks = list(range(1, 1 + shared + 1))
+    candidates, _ = model.run((trunk, 0, blocks))
+    chains = [[int(token)] for token in candidates[0, :3]]
+    private = [[20 + 3 * i, 21 + 3 * i] for i in range(3)]
+    # What other requests left behind in these blocks.
+    for own in private:
+        model.run((tokens_of(99, 2 * BLOCK), 0, own))
+    if partial and copy:
+        engine.copy_blocks(np.full(3, blocks[shared]), np.array([own[0] for own in private]))
+    for _ in range(K):
+        rows = [
+            (chain[-1:], len(trunk) + len(chain) - 1, blocks[:shared] + own)
+            for chain, own in zip(chains, private, strict=True)
+        ]
+        candidates, logits = model.run(*rows)
+        for chain, row in zip(chains, candidates, strict=True):
+            chain.append(int(row[0]))
+    return [([*trunk, *chain[:-1]], row) for chain, row in zip(chains, logits, strict=True)]
+
+
+@pytest.mark.parametrize("length", [5, 31, 32, 33, 45, 63, 64, 90])
+def test_branches_equal_a_full_recomputation(model: Model, length: int) -> None:
+    trunk = tokens_of(length, length)
+    for tokens, logits in branch_logits(model, trunk, copy=True):
+        candidates, fresh = model.run((tokens, 0, [40, 41, 42, 43]))
+        torch.testing.assert_close(logits, fresh[0], atol=TOLERANCE, rtol=0)
+        assert candidates[0, 0] == logits.argmax()
+    # The trunk's own blocks are as they were.
+    blocks = list(range(1, 2 + length // BLOCK))
+    _, again = model.run((trunk[-1:], length - 1, blocks))
+    _, fresh = model.run((trunk, 0, [40, 41, 42, 43]))
+    torch.testing.assert_close(again, fresh, atol=TOLERANCE, rtol=0)
+
+
+def test_without_the_copy_they_would_not(model: Model) -> None:
+    """The test above notices a missing copy of the partial block."""
+    worst = 0.0
+    for tokens, logits in branch_logits(model, tokens_of(45, 45), copy=False):
+        _, fresh = model.run((tokens, 0, [40, 41, 42, 43]))
+        worst = max(worst, float((logits - fresh[0]).abs().max()))
+    assert worst > 100 * TOLERANCE
+
+
+def test_prefill_in_chunks_equals_prefill_at_once(model: Model) -> None:
+    tokens = tokens_of(7, 100)
+    _, whole = model.run((tokens, 0, [1, 2, 3, 4]))
+    for first in range(0, 100, 24):
+        other = (tokens_of(first, 3), 0, [9])  # another row in the same steps
+        _, logits = model.run((tokens[first : first + 24], first, [5, 6, 7, 8]), other)
+    torch.testing.assert_close(logits[0], whole[0], atol=TOLERANCE, rtol=0)
+
+
+class TransformersOracle:
+    """The draft model by full recomputation in transformers."""
+
+    def __init__(self, path: Path) -> None:
+        self._model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        self._known: dict[tuple[int, ...], npt.NDArray[np.int64]] = {}
+
+    @torch.inference_mode()
+    def rank(self, tokens: list[int]) -> npt.NDArray[np.int64]:
+        key = tuple(tokens)
+        if key not in self._known:
+            logits = self._model(input_ids=torch.tensor([tokens])).logits[0, -1]
+            self._known[key] = logits.argsort(descending=True).numpy()
+        return self._known[key]
+
+
+def test_rounds_on_the_real_engine(model: Model, pair: tuple[Path, Path]) -> None:
+    """Hits, misses, n-gram drafts, early outcomes: published chains are the draft's greedy decoding."""
+    rng = random.Random(3)
+    target = Target(SETUP, model.engine, TransformersOracle(pair[1]))
+    shared = tokens_of(50, 70)
+    for slot, prompt in enumerate((tokens_of(51, 1), tokens_of(52, 30), shared, [*shared, 7, 8])):
+        target.start(slot, prompt)
+        target.settle()
+    for turn in range(12):
+        if turn == 6:  # preempted and resumed
+            tokens = target.live[1].tokens
+            target.stop(1)
+            target.start(1, tokens)
+        for _ in range(rng.choice([1, 2, 4])):
+            target.step()
+        for slot in list(target.live):
+            target.decide_like(slot, rng)
+    target.settle()
+    assert target.hits > 10
+    assert target.counters["adopted"] > 10
+    target.finish()

@@ -1,0 +1,244 @@
+"""A killed, stopped or absent draft: every request is answered as without speculation, and hits come back."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import Engines, generate, greedy_params, ssd, stats
+
+from vllm_ssd import supervisor
+from vllm_ssd.launch import DraftProcess
+
+pytestmark = pytest.mark.timeout(280)
+
+NUM_TOKENS = 32
+PATIENCE_S = 150.0  # for what is only a matter of time; nothing is asserted about how long it took
+
+
+def prompts() -> list[list[int]]:
+    rng = random.Random(21)
+    return [[rng.randrange(2, 512) for _ in range(rng.randint(1, 90))] for _ in range(6)]
+
+
+class Messages(logging.Handler):
+    """What SSD says in the log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+    def count(self, part: str) -> int:
+        return sum(part in text for text in self.texts)
+
+
+@pytest.fixture
+def log() -> Iterator[Messages]:
+    handler = Messages()
+    logger = logging.getLogger("vllm.ssd")
+    logger.addHandler(handler)
+    yield handler
+    logger.removeHandler(handler)
+
+
+class Serving:
+    """An engine with SSD whose every answer is compared with the engine without speculation."""
+
+    def __init__(self, llm: Any, expected: list[list[int]]) -> None:
+        self.llm = llm
+        self.expected = expected
+
+    def answer(self, after_steps: Callable[[], None] | None = None) -> None:
+        """Answer all prompts at once; `after_steps` is called amid them."""
+        from vllm.inputs import TokensPrompt
+
+        if after_steps is None:
+            assert generate(self.llm, prompts(), greedy_params(NUM_TOKENS)) == self.expected
+            return
+        engine = self.llm.llm_engine
+        for index, prompt in enumerate(prompts()):
+            engine.add_request(str(index), TokensPrompt(prompt_token_ids=prompt), greedy_params(NUM_TOKENS))
+        answers: dict[int, list[int]] = {}
+        steps = 0
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    answers[int(output.request_id.split("-")[0])] = list(output.outputs[0].token_ids)
+            steps += 1
+            if steps == 5:
+                after_steps()
+        assert [answers[index] for index in range(len(prompts()))] == self.expected
+
+    def answer_until(self, done: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """Answer again and again, until the counters say so."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not done(counted := stats(self.llm)):
+            assert time.monotonic() < deadline, counted
+            self.answer()
+        return counted
+
+    def wait_for_hits(self) -> None:
+        before = stats(self.llm)["hits"]
+        self.answer_until(lambda counted: counted["hits"] > before)
+
+    @property
+    def pid(self) -> int:
+        return stats(self.llm)["draft"]["pid"]
+
+
+@pytest.fixture(scope="module")
+def serving(engines: Engines, pair: tuple[Path, Path]) -> Serving:
+    target, draft = pair
+    expected = generate(engines.get(target), prompts(), greedy_params(NUM_TOKENS))
+    llm = engines.get(target, ssd(draft, 4, ssd_stall_timeout=1.0))
+    serving = Serving(llm, expected)
+    serving.answer()
+    serving.wait_for_hits()
+    return serving
+
+
+def test_stopped_and_continued(serving: Serving, log: Messages) -> None:
+    stalls = stats(serving.llm)["draft_stalls"]
+    pid = serving.pid
+    serving.answer(after_steps=lambda: os.kill(pid, signal.SIGSTOP))
+    serving.answer_until(lambda counted: counted["draft_stalls"] > stalls)
+    undrafted = stats(serving.llm)["undrafted"]
+    serving.answer()
+    serving.answer()
+    counted = stats(serving.llm)
+    assert counted["undrafted"] > undrafted
+    assert counted["draft_stalls"] == stalls + 1
+    assert log.count("stalled") == 1
+    os.kill(pid, signal.SIGCONT)
+    serving.answer_until(lambda counted: counted["draft"]["state"] == "ready")
+    serving.wait_for_hits()
+    assert log.count("stalled") == 1
+    assert log.count("answers again") == 1
+    assert serving.pid == pid
+
+
+def test_killed(serving: Serving, log: Messages) -> None:
+    pid = serving.pid
+    restarts = stats(serving.llm)["draft_restarts"]
+    serving.answer(after_steps=lambda: os.kill(pid, signal.SIGKILL))
+    serving.answer_until(lambda counted: counted["draft_restarts"] > restarts)
+    assert log.count("starting it again") == 1
+    serving.answer_until(lambda counted: counted["draft"]["state"] == "ready")
+    assert serving.pid != pid
+    serving.wait_for_hits()
+    assert log.count("starting it again") == 1
+    assert stats(serving.llm)["draft_restarts"] == restarts + 1
+
+
+class Sleeper(DraftProcess):
+    """In place of a draft: lives, and never becomes ready."""
+
+    def __init__(self, configure: object) -> None:
+        self._process = subprocess.Popen(["sleep", "1000"], stdin=subprocess.PIPE)
+
+
+class Quitter(DraftProcess):
+    """In place of a draft: ends at once."""
+
+    def __init__(self, configure: object) -> None:
+        self._process = subprocess.Popen(["false"], stdin=subprocess.PIPE)
+
+
+def test_never_ready_again(serving: Serving, log: Messages, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last test with this engine: it ends without a draft."""
+    draft = serving.pid
+    monkeypatch.setattr(supervisor, "DraftProcess", Sleeper)
+    os.kill(draft, signal.SIGKILL)
+    serving.answer_until(lambda counted: counted["draft"]["pid"] != draft)
+    serving.answer()
+    monkeypatch.setattr(supervisor, "DraftProcess", Quitter)
+    os.kill(serving.pid, signal.SIGKILL)
+    serving.answer_until(lambda counted: counted["draft"]["state"] == "gone")
+    serving.answer()
+    serving.answer()
+    assert log.count("no restarts left") == 1
+    counted = stats(serving.llm)
+    assert counted["draft_alive"] == 0
+    assert counted["undrafted"] > 0
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(done: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not done():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+def test_a_clean_shutdown_leaves_nothing(engines: Engines, pair: tuple[Path, Path]) -> None:
+    llm = engines.get(pair[0], ssd(pair[1], 4))
+    shared = Path(llm.llm_engine.vllm_config.speculative_config.ssd_shared_dir)
+    pid = stats(llm)["draft"]["pid"]
+    assert shared.is_dir()
+    assert is_running(pid)
+    engines.close()
+    assert not shared.exists()
+    assert not is_running(pid)
+
+
+PARENT = """
+import sys, time
+from pathlib import Path
+import msgspec
+from vllm_ssd.channel import Channel, Configure, Failed, Ready
+from vllm_ssd.counters import DRAFT_COUNTERS_FILE, DRAFT_FIELDS, Counters
+from vllm_ssd.launch import DraftProcess
+from vllm_ssd.outcome import OutcomeCache
+asked = msgspec.json.decode(sys.stdin.readline(), type=Configure)
+folder = Path(asked.shared_dir)
+Counters(folder / DRAFT_COUNTERS_FILE, DRAFT_FIELDS, create=True)
+OutcomeCache(folder, asked.max_slots, asked.branch_budget, asked.num_speculative_tokens, create=True)
+channel = Channel(asked.address, bind=True, receives=Ready | Failed)
+process = DraftProcess(asked)
+print(process.pid, channel.receive(150_000), flush=True)
+time.sleep(1000)
+"""
+
+
+def test_the_draft_ends_when_its_parent_is_killed(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    import msgspec
+    from wire import configure
+
+    asked = configure(
+        tmp_path,
+        address=f"ipc://{tmp_path}/s",
+        model=str(pair[1]),
+        engine_args={"dtype": "float32", "max_model_len": 128, "block_size": 32},
+        cores=[max(os.sched_getaffinity(0))],
+    )
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert parent.stdin is not None
+    assert parent.stdout is not None
+    parent.stdin.write(msgspec.json.encode(asked) + b"\n")
+    parent.stdin.flush()
+    pid, said = parent.stdout.readline().decode().split(maxsplit=1)
+    try:
+        assert said.startswith("Ready")
+        assert is_running(int(pid))
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_until(lambda: not is_running(int(pid)), "the draft outlived its parent")

@@ -1,0 +1,293 @@
+"""What method "ssd" accepts, what it chooses by itself, and that each refusal is one line that says why."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import vllm_ssd
+
+Pair = tuple[Path, Path]
+NO_CORE = 4096
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered() -> None:
+    vllm_ssd.register()
+
+
+@pytest.fixture(autouse=True)
+def bound_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target bound to the first core, whatever earlier tests left."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", str(min(os.sched_getaffinity(0))))
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+
+
+def create(pair: Pair, engine: dict[str, Any] | None = None, **speculative: Any) -> Any:
+    """The engine's config; an option of None is left out."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    options = {"method": "ssd", "model": str(pair[1]), "num_speculative_tokens": 4} | speculative
+    options = {name: value for name, value in options.items() if value is not None}
+    defaults = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256}
+    return EngineArgs(
+        model=str(pair[0]), speculative_config=options, **(defaults | (engine or {}))
+    ).create_engine_config()
+
+
+def refusal(pair: Pair, engine: dict[str, Any] | None = None, **speculative: Any) -> list[str]:
+    """The lines of the error."""
+    with pytest.raises(ValueError) as error:  # noqa: PT011  the callers look at its text
+        create(pair, engine, **speculative)
+    return str(error.value).splitlines()
+
+
+def assert_one_line(lines: list[str], *parts: str) -> None:
+    matching = [line for line in lines if all(part in line for part in parts)]
+    assert len(matching) == 1, lines
+
+
+def test_only_model_and_number_are_needed(pair: Pair) -> None:
+    from vllm_ssd.config import SSDSpeculativeConfig
+
+    config = create(pair)
+    ssd = config.speculative_config
+    assert isinstance(ssd, SSDSpeculativeConfig)
+    assert ssd.method == "ssd"
+    assert ssd.num_speculative_tokens == 4
+    assert config.parallel_config.worker_cls == "vllm_ssd.worker.SSDWorker"
+    assert not config.scheduler_config.async_scheduling
+    assert ssd.draft_model_config.model == str(pair[1])
+    assert ssd.draft_model_config.get_vocab_size() == 512
+    cores = [int(core) for core in ssd.ssd_draft_cores.split(",")]
+    assert set(cores) <= os.sched_getaffinity(0)
+    if len(os.sched_getaffinity(0)) > 1:
+        assert min(os.sched_getaffinity(0)) not in cores
+    assert "vllm-ssd-" in ssd.ssd_shared_dir
+    assert not Path(ssd.ssd_shared_dir).exists()  # configuring makes nothing
+    assert create(pair).speculative_config.ssd_shared_dir != ssd.ssd_shared_dir
+
+
+def test_options_are_kept(pair: Pair) -> None:
+    first = min(os.sched_getaffinity(0))
+    config = create(
+        pair,
+        ssd_branch_budget=10,
+        ssd_fanout=[4, 3, 1, 1, 1],
+        ssd_fallback="ngram",
+        ssd_draft_cores=str(first),
+        ssd_wait_ms=1.5,
+        max_model_len=128,
+    ).speculative_config
+    assert config.ssd_fanout == [4, 3, 1, 1, 1]
+    assert config.ssd_draft_cores == str(first)
+    assert config.ssd_fallback == "ngram"
+    assert config.ssd_wait_ms == 1.5
+    assert config.draft_model_config.max_model_len == 128
+
+
+def test_the_config_has_a_representation(pair: Pair) -> None:
+    assert "ssd" in repr(create(pair).speculative_config)
+
+
+def test_options_with_dashes_as_on_the_command_line(pair: Pair) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    options = {"method": "ssd", "model": str(pair[1]), "num-speculative-tokens": 2, "ssd-branch-budget": 6}
+    args = EngineArgs(model=str(pair[0]), speculative_config=options, max_model_len=256)
+    assert args.create_engine_config().speculative_config.ssd_branch_budget == 6
+
+
+def test_other_methods_are_vllms_own(pair: Pair) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_ssd.config import SSDSpeculativeConfig
+
+    for options in (None, {"method": "draft_model", "model": str(pair[1]), "num_speculative_tokens": 2}):
+        args = EngineArgs(model=str(pair[0]), speculative_config=options, max_model_len=256)
+        config = args.create_engine_config()
+        assert not isinstance(config.speculative_config, SSDSpeculativeConfig)
+        assert config.parallel_config.worker_cls != "vllm_ssd.worker.SSDWorker"
+
+
+REFUSED: list[Any] = [
+    ({"ssd_nonsense": 1}, ("ssd_nonsense",)),
+    ({"model": None}, ("'model'",)),
+    ({"num_speculative_tokens": None}, ("num_speculative_tokens",)),
+    ({"num_speculative_tokens": 17, "ssd_branch_budget": 40}, ("num_speculative_tokens=17", "16")),
+    ({"max_model_len": 4}, ("num_speculative_tokens=4",)),
+    ({"ssd_branch_budget": 4}, ("ssd_branch_budget=4", "raise it")),
+    ({"ssd_fanout": [5, 5, 5]}, ("ssd_fanout", "5 numbers", "not 3")),
+    ({"ssd_fanout": [5, 5, 5, 5, 5]}, ("ssd_branch_budget=25",)),
+    ({"ssd_fanout": [-1, 4, 4, 4, 4]}, ("ssd_fanout", "outside")),
+    ({"ssd_fanout": [1, 1, 1, 1, 600], "ssd_branch_budget": 604}, ("ssd_fanout", "outside")),
+    ({"ssd_draft_cores": str(NO_CORE)}, (f"no core {NO_CORE}",)),
+    ({"ssd_draft_cores": "one"}, ("ssd_draft_cores='one'", "form")),
+    pytest.param(
+        {"ssd_draft_cores": "2-1"},
+        ("ssd_draft_cores='2-1'",),
+        marks=pytest.mark.xfail(reason="a reversed range counts as no core at all"),
+    ),
+    ({"ssd_draft_cores": ""}, ("ssd_draft_cores=''",)),
+    ({"draft_sample_method": "probabilistic"}, ("draft_sample_method", "remove it")),
+    ({"rejection_sample_method": "block"}, ("rejection_sample_method", "remove it")),
+    ({"parallel_drafting": True}, ("parallel_drafting", "remove it")),
+    ({"draft_tensor_parallel_size": 2}, ("draft_tensor_parallel_size",)),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"), REFUSED, ids=lambda value: next(iter(value), "") if value else ""
+)
+def test_refused_options(pair: Pair, options: dict[str, Any], parts: tuple[str, ...]) -> None:
+    assert_one_line(refusal(pair, **options), *parts)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ssd_branch_budget": 0},
+        {"ssd_fallback": "guess"},
+        {"ssd_wait_ms": -1.0},
+        {"ssd_draft_memory": 0.0},
+        {"ssd_max_rows": 0},
+        {"ssd_prefill_chunk": 0},
+        {"num_speculative_tokens": 0},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_values_out_of_range_are_named(pair: Pair, options: dict[str, Any]) -> None:
+    (name,) = options
+    assert any(name in line for line in refusal(pair, **options))
+
+
+def test_another_vocabulary(pair: Pair, tmp_path: Path) -> None:
+    from models import llama, write
+
+    other = write(llama(1, 300, seed=0, sharpness=1.0), tmp_path / "other")
+    assert_one_line(refusal(pair, model=str(other)), "512", "300", "same vocabulary")
+
+
+def test_a_worker_of_ones_own(pair: Pair) -> None:
+    assert_one_line(refusal(pair, {"worker_cls": "my.Worker"}), "worker_cls", "my.Worker", "remove")
+
+
+@pytest.mark.parametrize("option", ["tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"])
+def test_a_target_on_several_devices(pair: Pair, option: str) -> None:
+    assert_one_line(refusal(pair, {option: 2, "distributed_executor_backend": "mp"}), f"{option}=1", "2")
+
+
+def test_a_draft_that_vllm_takes_for_eagle(pair: Pair, tmp_path: Path) -> None:
+    eagle = tmp_path / "my-eagle-draft"
+    shutil.copytree(pair[1], eagle)
+    assert_one_line(refusal(pair, model=str(eagle)), "stand-alone draft model", "eagle")
+
+
+def test_a_draft_with_sliding_windows(pair: Pair, tmp_path: Path) -> None:
+    sliding = tmp_path / "sliding"
+    shutil.copytree(pair[1], sliding)
+    config = json.loads((sliding / "config.json").read_text(encoding="utf-8"))
+    config["sliding_window"] = 64
+    (sliding / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert_one_line(refusal(pair, model=str(sliding)), "sliding-window", "full attention")
+
+
+@pytest.mark.parametrize(
+    ("attribute", "said"),
+    [
+        ("is_multimodal_model", "multimodal"),
+        ("is_encoder_decoder", "encoder-decoder"),
+        ("has_inner_state", "recurrent"),
+        ("use_mla", "MLA"),
+    ],
+)
+def test_drafts_of_unsupported_kinds(attribute: str, said: str) -> None:
+    from vllm_ssd.config import _check_models
+
+    kinds = ("is_multimodal_model", "is_encoder_decoder", "has_inner_state", "use_mla")
+    draft = SimpleNamespace(
+        model="draft",
+        get_vocab_size=lambda: 9,
+        get_sliding_window=lambda: None,
+        **{kind: kind == attribute for kind in kinds},
+    )
+    target = SimpleNamespace(get_vocab_size=lambda: 9)
+    with pytest.raises(ValueError, match=said) as error:
+        _check_models(SimpleNamespace(target_model_config=target, draft_model_config=draft))  # type: ignore[arg-type]
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_the_cuda_platform(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_ssd import config
+
+    monkeypatch.setattr(
+        config, "current_platform", SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: True)
+    )
+    assert_one_line(refusal(pair), "CPU only")
+
+
+def test_the_v2_runner(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    assert_one_line(refusal(pair), "V1 model runner", "VLLM_USE_V2_MODEL_RUNNER")
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"), [("1", [1]), ("0,4-6", [0, 4, 5, 6]), ("8-11,15", [8, 9, 10, 11, 15]), ("3-3", [3])]
+)
+def test_lists_of_cores(text: str, cores: list[int]) -> None:
+    from vllm_ssd.config import parse_cores
+
+    assert parse_cores(text) == cores
+
+
+@pytest.mark.parametrize("text", ["", "a", "1,", "1-", "-1", "1..3", "1-2-3"])
+def test_malformed_lists_of_cores(text: str) -> None:
+    from vllm_ssd.config import parse_cores
+
+    with pytest.raises(ValueError, match="ssd_draft_cores"):
+        parse_cores(text)
+
+
+class TestCores:
+    """Who gets which core, on a machine of four."""
+
+    @pytest.fixture(autouse=True)
+    def four_cores(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "auto")
+
+    @staticmethod
+    def chosen(cores: str | None = None) -> list[int]:
+        from vllm_ssd.config import _choose_draft_cores
+
+        return _choose_draft_cores(SimpleNamespace(ssd_draft_cores=cores))  # type: ignore[arg-type]
+
+    def test_the_draft_takes_the_last_core(self) -> None:
+        assert self.chosen() == [3]
+
+    def test_the_draft_takes_the_last_core_that_the_target_leaves(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "2-3")
+        assert self.chosen() == [1]
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-3")
+        assert self.chosen() == [3]  # none left: they share
+
+    def test_the_target_is_bound_to_the_rest(self) -> None:
+        from vllm_ssd.config import _leave_cores_to_draft
+
+        _leave_cores_to_draft([1, 3])
+        assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "0,2"
+
+    def test_a_target_bound_by_the_user_stays(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from vllm_ssd.config import _leave_cores_to_draft
+
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-2")
+        _leave_cores_to_draft([1, 3])
+        assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "0-2"
