@@ -148,6 +148,7 @@ def summarise_acceptance(results: Sequence[GenerationResult], k: int) -> dict[st
     accepted = [sum(result.accepted_per_position[i] for result in results) for i in range(k)]
     return {
         "acceptance_per_position": [ratio(a, d) for a, d in zip(accepted, drafted, strict=True)],
+        "accepted_per_position": accepted,
         "drafted_per_position": drafted,
     }
 

@@ -168,12 +168,14 @@ def main() -> None:
     received = receive_until_closed(connection)
     engine = Engine(next(received))
     try:
-        connection.send("ready")
-        for task in received:
-            connection.send(engine.generate(task))
+        with contextlib.suppress(SystemExit):  # by SIGTERM: what the task yields is no longer wanted
+            connection.send("ready")
+            for task in received:
+                connection.send(engine.generate(task))
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         engine.shutdown()
+    os._exit(0)  # nothing is left to do, and tearing down the interpreter takes torch many seconds
 
 
 if __name__ == "__main__":

@@ -30,9 +30,9 @@ from rich.console import Console
 from rich.status import Status
 
 SCRIPTS = Path(__file__).parent
-READY_TIMEOUT_S = 300.0
+READY_TIMEOUT_S = 600.0
 TASK_TIMEOUT_S = 900.0
-IDLE_EXIT_S = 4.0
+IDLE_EXIT_S = 8.0
 BUSY_EXIT_S = 10.0
 LOG_LINES_SHOWN = 25
 
