@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import Engines, generate, greedy_params, is_running, metric, ssd, stats
+from engines import Engines, generate, greedy_params, in_worker, is_running, metric, ssd, stats
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -51,6 +51,26 @@ def short_reference(engines: Engines, pair: tuple[Path, Path]) -> list[list[int]
     return generate(llm, short_prompts(), greedy_params(100))
 
 
+def demanding_params() -> list[Any]:
+    """Greedy requests with whatever else shapes or ends the output."""
+    return [
+        greedy_params(NUM_TOKENS, repetition_penalty=1.3),
+        greedy_params(NUM_TOKENS, presence_penalty=0.8, frequency_penalty=0.5),
+        greedy_params(NUM_TOKENS, logprobs=2, prompt_logprobs=1),
+        greedy_params(NUM_TOKENS, min_tokens=10, stop_token_ids=list(range(2, 200))),
+        greedy_params(NUM_TOKENS, bad_words=["a", "b"]),
+        greedy_params(1),
+        greedy_params(2),
+        greedy_params(NUM_TOKENS, stop_token_ids=list(range(200, 300))),
+    ]
+
+
+@pytest.fixture(scope="module")
+def demanding_reference(engines: Engines, pair: tuple[Path, Path]) -> list[list[int]]:
+    llm = engines.get(pair[0], **small_chunks())
+    return generate(llm, short_prompts()[:8], demanding_params())
+
+
 @pytest.mark.parametrize(
     ("num_drafts", "options"),
     [
@@ -65,6 +85,8 @@ def test_identical(
     engines: Engines,
     pair: tuple[Path, Path],
     reference: list[list[int]],
+    short_reference: list[list[int]],
+    demanding_reference: list[list[int]],
     num_drafts: int,
     options: dict[str, Any],
 ) -> None:
@@ -78,6 +100,32 @@ def test_identical(
     assert counted["hits"] < counted["lookups"]  # both ways were taken
     assert metric(llm, "vllm:spec_decode_num_accepted_tokens") > 0
     assert counted["draft"]["adopted"] > 0
+    assert generate(llm, short_prompts()[:8], demanding_params()) == demanding_reference
+    finish_some_and_abort_others(llm, short_reference)
+
+
+def finish_some_and_abort_others(llm: Any, expected: list[list[int]]) -> None:
+    """Aborted requests leave their slots, and the others' output is untouched."""
+    from vllm.inputs import TokensPrompt
+
+    engine = llm.llm_engine
+    ids = [
+        engine.add_request(f"abort-{index}", TokensPrompt(prompt_token_ids=prompt), greedy_params(100))
+        for index, prompt in enumerate(short_prompts())
+    ]
+    answers: dict[str, list[int]] = {}
+    steps = 0
+    while engine.has_unfinished_requests():
+        steps += 1
+        if steps in (3, 9):  # while they wait, run, or have finished
+            engine.abort_request(ids[1::4][: steps // 2])
+        for output in engine.step():
+            if output.finished:
+                answers[output.request_id] = list(output.outputs[0].token_ids)
+    kept = [index for index in range(len(ids)) if index not in range(1, len(ids), 4)]
+    assert [answers[f"abort-{index}"] for index in kept] == [expected[index] for index in kept]
+    generate(llm, short_prompts()[:1], greedy_params(2))
+    assert in_worker(llm, lambda worker: len(worker.model_runner.proposer._live)) <= 1
 
 
 def test_identical_when_preempted(

@@ -100,6 +100,49 @@ def test_a_known_prefix_is_not_computed_again() -> None:
     target.finish()
 
 
+@pytest.mark.parametrize("length", [40, 41, 43])
+def test_all_of_a_prompt_known_but_its_logits(length: int) -> None:
+    target = Target(Setup())
+    tokens = prompt(random.Random(8), length)
+    for slot in range(3):
+        target.start(slot, tokens)
+        target.settle()
+        assert len(target.published(slot)) == target.setup.budget
+    target.finish()
+
+
+def test_a_prompt_that_is_being_computed_is_not_reused() -> None:
+    target = Target(Setup(prefill_chunk=8))
+    tokens = prompt(random.Random(9), 60)
+    target.start(0, tokens)
+    target.step()
+    target.start(1, tokens)
+    target.settle()  # the toy engine notices blocks without KV
+    assert sorted(target.published(0)) == sorted(target.published(1))
+    target.finish()
+
+
+def test_an_outcome_that_repeats_a_sent_draft() -> None:
+    """The target verified fewer drafts than it was given, so its bonus token is one of them."""
+    target = Target(Setup(num_drafts=3, budget=8, vocab=64))
+    target.start(0, prompt(random.Random(10), 9))
+    target.settle()
+    (accepted, token, drafts), *_ = target.published(0)
+    target.decide(0, accepted, token)
+    target.settle()
+    for k, fallback in ((0, []), (1, drafts[2:]), (2, [5])):
+        target.decide(0, k, target.live[0].drafts[k], fallback)
+        target.settle()
+        sent = len(target.live[0].drafts)
+        branches = target.published(0)
+        counts = [sum(1 for of, _, _ in branches if of == length) for length in range(sent + 1)]
+        assert counts == uniform_fanout(sent, 8)
+        assert all(len(drafts) == 3 for _, _, drafts in branches)
+        target.decide(0, *branches[-1][:2])
+        target.settle()
+    target.finish()
+
+
 def test_a_stopped_or_restarted_slot_publishes_nothing_old() -> None:
     target = Target(Setup())
     old = target.start(0, [1, 2, 3])
