@@ -31,7 +31,7 @@ def listed_fanout(fanout: Sequence[int], num_drafts: int) -> list[int]:
 
 
 def scale_fanout(fanout: Sequence[int], branch_budget: int) -> list[int]:
-    """Shrink a fan-out to a smaller budget in proportion, spending it exactly (largest remainders first)."""
+    """Shrink a fan-out to a smaller budget in proportion (by largest remainders), spending it exactly."""
     total = sum(fanout)
     if total <= branch_budget:
         return list(fanout)
