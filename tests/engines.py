@@ -117,3 +117,12 @@ def metric(llm: Any, name: str) -> Any:
 def in_worker(llm: Any, function: Any) -> Any:
     """What `function(worker)` returns in the engine's worker, which is in this process."""
     return llm.collective_rpc(function)[0]
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process, not merely its exit code."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import Engines, generate, greedy_params, metric, ssd, stats
+from engines import Engines, generate, greedy_params, is_running, metric, ssd, stats
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -17,7 +17,7 @@ NUM_TOKENS = 40
 def mixed_prompts() -> list[list[int]]:
     """Lengths 1 to 700; a third share prefixes."""
     rng = random.Random(11)
-    lengths = [1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 300, 700]
+    lengths = [1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 280, 700]
     prompts = [[rng.randrange(2, 512) for _ in range(length)] for length in lengths]
     shared = prompts[-1]
     return prompts + [
@@ -51,16 +51,25 @@ def short_reference(engines: Engines, pair: tuple[Path, Path]) -> list[list[int]
     return generate(llm, short_prompts(), greedy_params(100))
 
 
-@pytest.mark.parametrize(("num_drafts", "fallback"), [(1, "none"), (4, "ngram"), (4, "none")])
+@pytest.mark.parametrize(
+    ("num_drafts", "options"),
+    [
+        (1, {}),
+        # The draft reaches 300 positions, the target 1,024: beyond, rows go on with n-gram drafts alone.
+        (4, {"ssd_fallback": "ngram", "max_model_len": 300}),
+        (4, {}),
+    ],
+    ids=["1", "4-ngram-short-draft", "4"],
+)
 def test_identical(
     engines: Engines,
     pair: tuple[Path, Path],
     reference: list[list[int]],
     num_drafts: int,
-    fallback: str,
+    options: dict[str, Any],
 ) -> None:
     target, draft = pair
-    llm = engines.get(target, ssd(draft, num_drafts, ssd_fallback=fallback), **small_chunks())
+    llm = engines.get(target, ssd(draft, num_drafts, **options), **small_chunks())
     assert generate(llm, mixed_prompts(), greedy_params(NUM_TOKENS)) == reference
     one_by_one = [generate(llm, [prompt], greedy_params(NUM_TOKENS))[0] for prompt in mixed_prompts()[::5]]
     assert one_by_one == reference[::5]
@@ -81,12 +90,12 @@ def test_identical_when_preempted(
     assert stats(llm)["hits"] > 0
 
 
-def test_requests_that_outgrow_the_draft(engines: Engines, pair: tuple[Path, Path]) -> None:
-    """The draft reaches 96 positions, the target 1,024: beyond, rows decode without drafts."""
-    target, draft = pair
-    prompts = [prompt[:length] for prompt, length in zip(short_prompts(), (5, 40, 50, 55), strict=False)]
-    prompts.append(mixed_prompts()[14])
-    expected = generate(engines.get(target, **small_chunks()), prompts, greedy_params(80))
-    llm = engines.get(target, ssd(draft, 4, max_model_len=96), **small_chunks())
-    assert generate(llm, prompts, greedy_params(80)) == expected
-    assert stats(llm)["hits"] > 0
+def test_a_clean_shutdown_leaves_nothing(engines: Engines, pair: tuple[Path, Path]) -> None:
+    llm = engines.get(pair[0], ssd(pair[1], 4), **few_blocks())
+    shared = Path(llm.llm_engine.vllm_config.speculative_config.ssd_shared_dir)
+    pid = stats(llm)["draft"]["pid"]
+    assert shared.is_dir()
+    assert is_running(pid)
+    engines.close()
+    assert not shared.exists()
+    assert not is_running(pid)
