@@ -46,8 +46,8 @@ def scale_fanout(fanout: Sequence[int], branch_budget: int) -> list[int]:
 def global_fanout(log_probs: Sequence[npt.NDArray[np.float32]], branch_budget: int) -> list[int]:
     """Spend the budget on the likeliest outcomes (k, t), whatever their k.
 
-    Where Theorem 12 weighs accepted lengths by their average frequency, this weighs every outcome of this very
-    round by P(k) * P(t | k) as the draft sees it.
+    Where Theorem 12 weighs accepted lengths by their average frequency, this weighs every outcome of this
+    very round by P(k) * P(t | k) as the draft sees it.
 
     Args:
         log_probs: for each accepted length, the log-probability of its outcomes, in falling order.
