@@ -46,7 +46,7 @@ class Setup:
 
     num_drafts: int = 3
     budget: int = 8
-    fanout: list[int] | None = None
+    fanout: list[int] | str = "uniform"
     max_slots: int = 4
     max_rows: int = 64
     prefill_chunk: int = 16

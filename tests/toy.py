@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from vllm_ssd.draft.rows import Rows
+from vllm_ssd.draft.rows import Candidates, Rows
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -67,7 +67,7 @@ class ToyEngine:
         self.query_lens: list[int] = []
         self.num_copies = 0
 
-    def forward(self, rows: Rows, num_candidates: int) -> Int64Array:
+    def forward(self, rows: Rows, num_candidates: int) -> Candidates:
         num_rows = len(rows.query_lens)
         assert rows.block_tables.shape == (num_rows, -(-self.max_model_len // self.block_size))
         assert int(rows.query_lens.sum()) == len(rows.tokens) == len(rows.positions)
@@ -86,7 +86,10 @@ class ToyEngine:
             states += self._run_row(rows, first, length, table, before, written)
             first += length
         wanted = [ranked_tokens(states[index], self.vocab_size)[:num_candidates] for index in rows.wanted]
-        return np.array(wanted, dtype=np.int64).reshape(len(wanted), num_candidates)
+        tokens = np.array(wanted, dtype=np.int64).reshape(len(wanted), num_candidates)
+        # Each token half as likely as the one before it.
+        log_probs = -np.log(2) * np.arange(1, num_candidates + 1, dtype=np.float32)
+        return Candidates(tokens, np.tile(log_probs, (len(wanted), 1)))
 
     def copy_blocks(self, sources: Int64Array, targets: Int64Array) -> None:
         assert len(set(targets.tolist())) == len(targets)

@@ -15,7 +15,7 @@ DEFAULTS: dict[str, Any] = {
     "engine_args": {},
     "cores": [0],
     "num_speculative_tokens": 3,
-    "fanout": None,
+    "fanout": "uniform",
     "branch_budget": 8,
     "max_slots": 4,
     "max_rows": 64,

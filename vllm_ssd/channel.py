@@ -27,7 +27,7 @@ class Configure(msgspec.Struct, frozen=True, kw_only=True):
     engine_args: dict[str, Any]  # further vllm.EngineArgs fields: dtype, max_model_len, ...
     cores: list[int]  # CPU cores of the draft process
     num_speculative_tokens: int
-    fanout: list[int] | None  # branches per accepted length; None: uniform
+    fanout: list[int] | str  # branches per accepted length, or "global" or "uniform"
     branch_budget: int  # branches per request
     max_slots: int  # requests at once
     max_rows: int  # rows of one draft step, over all requests

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 
 def uniform_fanout(num_drafts: int, branch_budget: int) -> list[int]:
     """Spread the budget evenly over k = 0..num_drafts and spend it exactly.
@@ -28,7 +31,7 @@ def listed_fanout(fanout: Sequence[int], num_drafts: int) -> list[int]:
 
 
 def scale_fanout(fanout: Sequence[int], branch_budget: int) -> list[int]:
-    """Shrink a fan-out to a smaller budget in proportion (largest remainders first), spending it exactly."""
+    """Shrink a fan-out to a smaller budget in proportion (by largest remainders), spending it exactly."""
     total = sum(fanout)
     if total <= branch_budget:
         return list(fanout)
@@ -38,3 +41,21 @@ def scale_fanout(fanout: Sequence[int], branch_budget: int) -> list[int]:
     for k in by_remainder[: branch_budget - sum(scaled)]:
         scaled[k] += 1
     return scaled
+
+
+def global_fanout(log_probs: Sequence[npt.NDArray[np.float32]], branch_budget: int) -> list[int]:
+    """Spend the budget on the likeliest outcomes (k, t), whatever their k.
+
+    Where Theorem 12 weighs accepted lengths by their average frequency, this weighs every outcome of this
+    very round by P(k) * P(t | k) as the draft sees it.
+
+    Args:
+        log_probs: for each accepted length, the log-probability of its outcomes, in falling order.
+        branch_budget: branches in all.
+
+    Returns:
+        Branches per accepted length; their sum is the budget, or all outcomes if those are fewer.
+    """
+    lengths = np.concatenate([np.full(len(values), i) for i, values in enumerate(log_probs)])
+    best = np.argsort(-np.concatenate(log_probs), kind="stable")[:branch_budget]
+    return np.bincount(lengths[best], minlength=len(log_probs)).tolist()

@@ -54,7 +54,7 @@ class Model:
             tables,
             np.cumsum(lengths) - 1,
         )
-        return self.engine.forward(batch, NUM_CANDIDATES), self.logits.clone()
+        return self.engine.forward(batch, NUM_CANDIDATES).tokens, self.logits.clone()
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ssd.fanout import listed_fanout, scale_fanout, uniform_fanout
+from vllm_ssd.fanout import global_fanout, listed_fanout, scale_fanout, uniform_fanout
 
 BUDGETS = st.integers(1, 200)
 FANOUTS = st.lists(st.integers(0, 40), min_size=1, max_size=17)
@@ -62,3 +63,16 @@ def test_scaling_keeps_the_order(fanout: list[int], budget: int) -> None:
     pairs = sorted(zip(fanout, scaled, strict=True))
     for (count, share), (larger, larger_share) in pairwise(pairs):
         assert count == larger or share <= larger_share
+
+
+@given(
+    log_probs=st.lists(st.lists(st.floats(-20, 0, width=32), min_size=1, max_size=6), min_size=1, max_size=6),
+    budget=BUDGETS,
+)
+def test_global_takes_the_likeliest_outcomes(log_probs: list[list[float]], budget: int) -> None:
+    arrays = [np.sort(np.array(values, dtype=np.float32))[::-1] for values in log_probs]
+    counts = global_fanout(arrays, budget)
+    taken = [value for array, count in zip(arrays, counts, strict=True) for value in array[:count]]
+    left = [value for array, count in zip(arrays, counts, strict=True) for value in array[count:]]
+    assert len(taken) == min(budget, len(taken) + len(left))
+    assert not taken or not left or min(taken) >= max(left)

@@ -26,11 +26,11 @@ def test_first_round(length: int) -> None:
 
 
 @pytest.mark.parametrize("num_drafts", [1, 2, 4, 7])
-@pytest.mark.parametrize("fanout", [None, "falling"])
-def test_every_accepted_length_gets_its_branches(num_drafts: int, fanout: str | None) -> None:
-    listed = [num_drafts + 1 - k for k in range(num_drafts + 1)] if fanout else None
+@pytest.mark.parametrize("fanout", ["uniform", "falling"])
+def test_every_accepted_length_gets_its_branches(num_drafts: int, fanout: str) -> None:
+    listed = [num_drafts + 1 - k for k in range(num_drafts + 1)] if fanout == "falling" else []
     budget = sum(listed) if listed else 3 * (num_drafts + 1) + 1
-    setup = Setup(num_drafts=num_drafts, budget=budget, fanout=listed, vocab=64)
+    setup = Setup(num_drafts=num_drafts, budget=budget, fanout=listed or "uniform", vocab=64)
     target = Target(setup)
     rng = random.Random(0)
     target.start(0, prompt(rng, 10))
@@ -47,6 +47,21 @@ def test_every_accepted_length_gets_its_branches(num_drafts: int, fanout: str | 
     assert target.counters["adopted"] == 10
     # A hit recomputes nothing: after the prompt the trunk is computed by the branches themselves.
     assert target.counters["prefill_tokens"] == 10
+    target.finish()
+
+
+def test_global_fan_out_follows_the_drafts_own_probabilities() -> None:
+    # Each toy token is half as likely as the one before it: sending a best draft costs one halving, and the
+    # candidates after it start another one lower, but for the last length, whose best token was not sent.
+    target = Target(Setup(num_drafts=2, budget=7, fanout="global", vocab=64))
+    target.start(0, prompt(random.Random(0), 10))
+    target.settle()
+    assert [k for k, _, _ in target.published(0)] == [0] * 7
+    _, token, _ = target.published(0)[0]
+    target.decide(0, 0, token)
+    target.settle()
+    ks = [k for k, _, _ in target.published(0)]
+    assert [ks.count(k) for k in range(3)] == [3, 2, 2]
     target.finish()
 
 
@@ -310,7 +325,11 @@ def test_any_course_of_events(setup: Setup, data: st.DataObject) -> None:
 def test_a_long_run(seed: int) -> None:
     rng = random.Random(seed)
     setup = Setup(
-        num_drafts=rng.choice([2, 4]), num_blocks=rng.choice([60, 400]), max_model_len=400, max_slots=5
+        num_drafts=rng.choice([2, 4]),
+        fanout=["global", "uniform"][seed % 2],
+        num_blocks=rng.choice([60, 400]),
+        max_model_len=400,
+        max_slots=5,
     )
     target = Target(setup)
     prefix = prompt(rng, 60)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from vllm_ssd.draft.rows import Candidates
+
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 
@@ -27,7 +29,7 @@ class BranchGroup:
     num_shared: list[int]  # [n] leading blocks that belong to the trunk
     private_blocks: list[list[int]]  # [n] the branch's own blocks, after the shared ones
     steps: int = 0
-    candidates: list[Int64Array] = field(default_factory=list)  # per step [n, num_candidates]
+    candidates: list[Candidates] = field(default_factory=list)  # per step, each of n rows
 
     def __len__(self) -> int:
         return len(self.ks)
@@ -42,31 +44,17 @@ class BranchGroup:
         """[n] their positions."""
         return self.roots + self.steps
 
-    def advance(self, candidates: Int64Array) -> Int64Array:
-        """Take in a step's result [n, num_candidates]; returns the new draft tokens [n]."""
+    def advance(self, candidates: Candidates) -> Int64Array:
+        """Take in a step's result, of n rows; returns the new draft tokens [n]."""
         self.candidates.append(candidates)
         self.steps += 1
-        self.chains[:, self.steps] = candidates[:, 0]
-        return candidates[:, 0]
+        self.chains[:, self.steps] = candidates.tokens[:, 0]
+        return candidates.tokens[:, 0]
 
     def find(self, k: int, token: int) -> int | None:
         """Index of the branch that foresaw this outcome."""
         matches = np.flatnonzero((self.ks == k) & (self.chains[:, 0] == token))
         return int(matches[0]) if len(matches) else None
-
-
-def choose_candidates(candidates: Int64Array, sent: int | None, count: int) -> Int64Array:
-    """The `count` likeliest tokens at a position, most likely first.
-
-    Args:
-        candidates: [num_candidates] token ids, most likely first.
-        sent: the draft token that the target verifies at this position. Had it been right, it would have
-            been accepted, so it cannot be the recovery token. None after the last draft: any can follow.
-        count: how many.
-    """
-    if sent is not None:
-        candidates = candidates[candidates != sent]
-    return candidates[:count]
 
 
 def private_block_count(root: int, num_tokens: int, block_size: int) -> int:

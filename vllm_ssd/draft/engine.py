@@ -31,7 +31,7 @@ from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
 
 from vllm_ssd.channel import Configure
 from vllm_ssd.compat import kv_cache_config, supported_kv_cache_layouts
-from vllm_ssd.draft.rows import Rows
+from vllm_ssd.draft.rows import Candidates, Rows
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -90,11 +90,11 @@ class DraftEngine:
         self.forward(rows, num_candidates=2)
 
     @torch.inference_mode()
-    def forward(self, rows: Rows, num_candidates: int) -> Int64Array:
+    def forward(self, rows: Rows, num_candidates: int) -> Candidates:
         """Run one step; the KV of every token of the batch is written to its row's blocks.
 
         Returns:
-            [L, num_candidates] token ids, most likely first, for the wanted positions.
+            The `num_candidates` likeliest next tokens at the wanted positions.
         """
         num_rows, num_tokens = len(rows.query_lens), len(rows.tokens)
         query_start = np.zeros(num_rows + 1, dtype=np.int32)
@@ -125,10 +125,10 @@ class DraftEngine:
         slots_by_layer = build_slot_mappings_by_layer(slot_mapping, self.kv_cache_config)
         with set_forward_context(metadata, self.config, num_tokens=num_tokens, slot_mapping=slots_by_layer):
             hidden = self.model(input_ids=self._to_device(rows.tokens), positions=positions)
-        if len(rows.wanted) == 0:
-            return np.empty((0, num_candidates), dtype=np.int64)
-        logits = self.model.compute_logits(hidden[self._to_device(rows.wanted)])
-        return torch.topk(logits, num_candidates, dim=-1).indices.cpu().numpy()
+        logits = self.model.compute_logits(hidden[self._to_device(rows.wanted)]).float()
+        top = torch.topk(logits, num_candidates, dim=-1)
+        log_probs = top.values - torch.logsumexp(logits, dim=-1, keepdim=True)
+        return Candidates(top.indices.cpu().numpy(), log_probs.cpu().numpy())
 
     @torch.inference_mode()
     def copy_blocks(self, sources: Int64Array, targets: Int64Array) -> None:

@@ -7,7 +7,6 @@ it has in common with the outcome; what then has no KV yet is computed as part o
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import takewhile
 
@@ -16,10 +15,10 @@ import numpy.typing as npt
 
 from vllm_ssd.channel import RoundOutcome
 from vllm_ssd.draft.blocks import BlockPool
-from vllm_ssd.draft.branches import BranchGroup, choose_candidates, private_block_count
+from vllm_ssd.draft.branches import BranchGroup, private_block_count
+from vllm_ssd.draft.rows import Candidates
 
 Int64Array = npt.NDArray[np.int64]
-FanOut = Callable[[int], list[int]]  # number of sent drafts -> branches per accepted length
 
 
 @dataclass
@@ -57,8 +56,8 @@ class DraftRequest:
         self.num_confirmed = len(tokens)
         self.groups: list[BranchGroup] = []
         self.num_entries = 0  # branches opened this round
-        # candidates that follow the confirmed tokens and the first k drafts, for the k known so far
-        self.candidates: dict[int, Int64Array] = {}
+        # What may follow the confirmed tokens and the first k drafts, for the k known so far.
+        self.candidates: dict[int, Candidates] = {}
         self._forked: set[int] = set()
         self._pool = pool
         self._num_drafts = num_speculative_tokens
@@ -118,11 +117,29 @@ class DraftRequest:
         self._forked.clear()
         return adopted
 
-    def fork(self, fan_out: list[int], copies: BlockCopies) -> BranchGroup | None:
-        """Fork branches for every accepted length whose candidates are known and that has none yet.
+    def unforked(self) -> list[int]:
+        """The accepted lengths, in order, that have known candidates but no branches yet."""
+        return sorted(self.candidates.keys() - self._forked)
+
+    def outcomes(self, k: int) -> Candidates:
+        """The tokens that may end this round after k accepted drafts, likeliest first: [num_candidates].
+
+        The log-probabilities are those of the whole outcome as the draft sees it: that the target agrees with
+        the first k drafts, and goes on with this token. The k-th draft itself is left out: had it been right,
+        it would have been accepted.
+        """
+        candidates = self.candidates[k]
+        reached = sum(self._sent_log_prob(j) for j in range(k))
+        keep = slice(None)
+        if k < self.num_sent:
+            keep = candidates.tokens != self.tokens[self.num_confirmed + k]
+        return Candidates(candidates.tokens[keep], candidates.log_probs[keep] + np.float32(reached))
+
+    def fork(self, fan_out: dict[int, int], copies: BlockCopies) -> BranchGroup | None:
+        """Fork branches for accepted lengths that have none yet.
 
         Args:
-            fan_out: [number of sent drafts + 1] branches per accepted length.
+            fan_out: branches for each of the accepted lengths `unforked`.
             copies: gets the partial blocks to copy.
 
         Returns:
@@ -130,12 +147,11 @@ class DraftRequest:
         """
         ks: list[int] = []
         tokens: list[int] = []
-        for k in sorted(self.candidates.keys() - self._forked):
-            sent = self.tokens[self.num_confirmed + k] if k < self.num_sent else None
-            chosen = choose_candidates(self.candidates[k], sent, fan_out[k])
+        for k, count in fan_out.items():
+            chosen = self.outcomes(k).tokens[:count].tolist()
             ks += [k] * len(chosen)
-            tokens += chosen.tolist()
-        self._forked |= self.candidates.keys()
+            tokens += chosen
+        self._forked |= fan_out.keys()
         if not ks or len(self.tokens) + self._num_drafts + 1 > self._max_model_len:
             return None
         group = self._fork(np.array(ks, dtype=np.int64), tokens, copies)
@@ -143,10 +159,6 @@ class DraftRequest:
             self.groups.append(group)
             self.num_entries += len(group)
         return group
-
-    def can_fork(self) -> bool:
-        """Whether some accepted length has known candidates but no branches."""
-        return bool(self.candidates.keys() - self._forked)
 
     def release(self) -> None:
         """Give up all blocks; full blocks of confirmed tokens stay known for prefix reuse."""
@@ -178,6 +190,14 @@ class DraftRequest:
         chains = np.zeros((len(ks), num_drafts + 2), dtype=np.int64)
         chains[:, 0] = tokens
         return BranchGroup(self.num_entries, ks, roots, chains, tables, num_shared, private_blocks)
+
+    def _sent_log_prob(self, k: int) -> float:
+        """How likely the draft holds it that the target accepts the draft token after k others."""
+        candidates = self.candidates.get(k)
+        if candidates is None:
+            return 0.0
+        matches = np.flatnonzero(candidates.tokens == self.tokens[self.num_confirmed + k])
+        return float(candidates.log_probs[matches[0] if len(matches) else -1])
 
     def _adopt(self, outcome: RoundOutcome) -> bool:
         k = len(outcome.tokens) - 1

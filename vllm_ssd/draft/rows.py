@@ -1,4 +1,4 @@
-"""One step's batch, as the server builds it and the engine runs it (pure)."""
+"""One step: the batch that the server builds, and what the engine makes of it (pure)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
+Float32Array = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -20,3 +21,14 @@ class Rows:
     query_lens: Int32Array  # [R], tokens of each row in this step; they sum to N
     block_tables: Int32Array  # [R, max_blocks], the blocks that hold each row's KV
     wanted: Int64Array  # [L], indices into the N tokens
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The likeliest next tokens at L positions, most likely first."""
+
+    tokens: Int64Array  # [L, num_candidates]
+    log_probs: Float32Array  # [L, num_candidates], natural logarithms
+
+    def __getitem__(self, rows: int | slice) -> Candidates:
+        return Candidates(self.tokens[rows], self.log_probs[rows])

@@ -20,8 +20,8 @@ from vllm_ssd.counters import Counters
 from vllm_ssd.draft.blocks import BlockPool
 from vllm_ssd.draft.branches import BranchGroup
 from vllm_ssd.draft.requests import BlockCopies, DraftRequest
-from vllm_ssd.draft.rows import Rows
-from vllm_ssd.fanout import listed_fanout, scale_fanout, uniform_fanout
+from vllm_ssd.draft.rows import Candidates, Rows
+from vllm_ssd.fanout import global_fanout, listed_fanout, scale_fanout, uniform_fanout
 from vllm_ssd.outcome import OutcomeCache
 
 IDLE_POLL_MS = 200
@@ -37,7 +37,7 @@ class Engine(Protocol):
     vocab_size: int
     max_model_len: int
 
-    def forward(self, rows: Rows, num_candidates: int) -> Int64Array: ...
+    def forward(self, rows: Rows, num_candidates: int) -> Candidates: ...
 
     def copy_blocks(self, sources: Int64Array, targets: Int64Array) -> None: ...
 
@@ -147,9 +147,9 @@ class DraftServer:
         copies = BlockCopies()
         budget = self._branch_budget()
         for request in self._requests.values():
-            if not request.can_fork():
+            if not request.unforked():
                 continue
-            group = request.fork(self._fan_out(request.num_sent, budget), copies)
+            group = request.fork(self._fan_out(request, budget), copies)
             if group is None:
                 continue
             self._counters.add("branches", len(group))
@@ -164,10 +164,19 @@ class DraftServer:
         share = self._configure.max_rows // max(1, len(self._requests))
         return min(self._configure.branch_budget, max(1, share))
 
-    def _fan_out(self, num_sent: int, budget: int) -> list[int]:
-        if self._configure.fanout is None:
-            return uniform_fanout(num_sent, budget)
-        return scale_fanout(listed_fanout(self._configure.fanout, num_sent), budget)
+    def _fan_out(self, request: DraftRequest, budget: int) -> dict[int, int]:
+        """Branches for each accepted length of the request that has none yet."""
+        ks = request.unforked()
+        fan_out = uniform_fanout(request.num_sent, budget)
+        if self._configure.fanout == "global":
+            # What is not known yet (the tip after an early outcome) keeps its even share of the budget.
+            later = sum(fan_out[ks[-1] + 1 :])
+            log_probs = [request.outcomes(k).log_probs for k in ks]
+            counts = global_fanout(log_probs, max(0, budget - request.num_entries - later))
+            return dict(zip(ks, counts, strict=True))
+        if not isinstance(self._configure.fanout, str):
+            fan_out = scale_fanout(listed_fanout(self._configure.fanout, request.num_sent), budget)
+        return {k: fan_out[k] for k in ks}
 
     def _trunk_rows(self) -> list[TrunkRow]:
         rows: list[TrunkRow] = []
@@ -208,7 +217,7 @@ class DraftServer:
         self,
         trunk_rows: list[TrunkRow],
         groups: list[tuple[DraftRequest, BranchGroup]],
-        candidates: Int64Array,
+        candidates: Candidates,
     ) -> None:
         taken = 0
         for row in trunk_rows:
