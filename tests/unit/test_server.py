@@ -277,6 +277,7 @@ SETUPS = st.builds(
     Setup,
     num_drafts=st.sampled_from([1, 2, 3, 5]),
     budget=st.sampled_from([6, 8, 15]),
+    fanout=st.sampled_from(["global", "uniform"]),
     max_rows=st.sampled_from([4, 16, 64]),
     prefill_chunk=st.sampled_from([3, 16]),
     num_blocks=st.sampled_from([12, 40, 300]),
