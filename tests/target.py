@@ -171,13 +171,20 @@ class Target:
             chain.append(int(self.oracle.rank(chain)[0]))
         return chain[len(tokens) :]
 
-    def decide(self, slot: int, k: int, token: int, fallback: list[int] | None = None) -> list[int]:
-        """The target accepts k drafts and adds `token`; returns what it verifies next."""
+    def decide(
+        self, slot: int, k: int, token: int, fallback: list[int] | None = None, steps_meanwhile: int = 0
+    ) -> list[int]:
+        """The target accepts k drafts and adds `token`; returns what it verifies next.
+
+        The draft may do some steps after the look-up, before it hears of the outcome.
+        """
         request = self.live[slot]
         outcome = Outcome(slot, request.epoch, request.round, k, token)
         (served,) = self.cache.look_up([outcome])
         self.hits += bool(served)
         drafts = (fallback or []) if served is None else served
+        for _ in range(steps_meanwhile):
+            self.step()
         tokens = [*request.drafts[:k], token]
         message = RoundOutcome(slot, request.epoch, request.round, tokens, drafts)
         request.tokens += tokens
@@ -201,7 +208,7 @@ class Target:
             if rng.random() < 0.5:  # n-gram drafts are often right
                 tokens = [*request.tokens, *request.drafts[:k], token]
                 fallback = self.continuation(tokens, len(fallback))
-        self.decide(slot, k, token, fallback)
+        self.decide(slot, k, token, fallback, steps_meanwhile=rng.choice([0, 0, 0, 1, 3]))
 
     def finish(self) -> None:
         """Stop everything; all blocks must be free again."""

@@ -7,7 +7,7 @@ import random
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from target import Setup, Target, prompt
+from target import VOCAB, Setup, Target, prompt
 
 from vllm_ssd.channel import Outcomes, Reset, RoundOutcome, Stop
 from vllm_ssd.fanout import listed_fanout, uniform_fanout
@@ -134,6 +134,34 @@ def test_a_prompt_that_is_being_computed_is_not_reused() -> None:
     target.start(1, tokens)
     target.settle()  # the toy engine notices blocks without KV
     assert sorted(target.published(0)) == sorted(target.published(1))
+    target.finish()
+
+
+def test_what_was_never_computed_is_not_reused() -> None:
+    target = Target(Setup(block_size=4))
+    target.start(0, prompt(random.Random(11), 7))
+    target.settle()
+    least_likely = int(target.oracle.rank(target.live[0].tokens)[-1])
+    target.decide(0, 0, least_likely, fallback=[1, 2, 3])
+    tokens = [*target.live[0].tokens, *target.live[0].drafts]
+    target.stop(0)  # before the draft did another step
+    target.start(1, tokens)
+    target.settle()
+    assert target.published(1)
+    target.finish()
+
+
+def test_drafts_other_than_the_branchs_own() -> None:
+    """The target missed, for it looked before the branch was there; the draft hears of its n-gram drafts."""
+    target = Target(Setup())
+    tokens = prompt(random.Random(12), 9)
+    target.start(0, tokens)
+    likeliest = int(target.oracle.rank(tokens)[0])
+    own = target.continuation([*tokens, likeliest], 3)
+    other = [own[0], (own[1] + 1) % VOCAB, own[2]]
+    assert target.decide(0, 0, likeliest, fallback=other, steps_meanwhile=6) == other
+    target.settle()
+    assert {k for k, _, _ in target.published(0)} == {0, 1, 2, 3}
     target.finish()
 
 
