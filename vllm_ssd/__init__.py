@@ -17,6 +17,7 @@ def register() -> None:
     if compat.is_supported_version():
         compat.add_method_ssd()
         compat.mend_cpu_sampling()
+        compat.mend_min_tokens_of_bonus()
         compat.add_metrics()
     else:
         compat.refuse_method_ssd()

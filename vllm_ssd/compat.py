@@ -101,6 +101,49 @@ def mend_cpu_sampling() -> None:
     cpu_triton_utils._expand_kernel_impl = expand
 
 
+def mend_min_tokens_of_bonus() -> None:
+    """Let `min_tokens` end where it should when the last accepted draft reaches it (V1 runner).
+
+    Failure: the bonus token is sampled by the plain sampler, which forbids stop tokens by the output's length
+    before the step. With min_tokens=10, 8 tokens so far and 3 accepted drafts, the bonus token may be a stop
+    token but is kept from it, and greedy output differs from that without speculation, for every
+    speculative method. Goes when upstream counts the drafts.
+    """
+    from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
+    from vllm.v1.sample.rejection_sampler import RejectionSampler
+
+    stock = RejectionSampler.forward
+    if hasattr(stock, _MARK):
+        return
+
+    def forward(
+        self: Any, metadata: Any, draft_probs: Any, logits: torch.Tensor, sampling_metadata: Any
+    ) -> Any:
+        restricted = [
+            processor
+            for processor in sampling_metadata.logitsprocs.non_argmax_invariant
+            if isinstance(processor, MinTokensLogitsProcessor) and processor.min_toks
+        ]
+        before = [processor.logits_slice for processor in restricted]
+        for processor in restricted:
+            rows, _ = processor.logits_slice
+            still = [
+                len(output) + metadata.num_draft_tokens[row] < min_tokens
+                for row in rows.tolist()
+                for min_tokens, output, *_ in [processor.min_toks[row]]
+            ]
+            keep = torch.tensor(still, dtype=torch.bool, device=rows.device)
+            processor.logits_slice = tuple(part[keep] for part in processor.logits_slice)
+        try:
+            return stock(self, metadata, draft_probs, logits, sampling_metadata)
+        finally:
+            for processor, logits_slice in zip(restricted, before, strict=True):
+                processor.logits_slice = logits_slice
+
+    setattr(forward, _MARK, stock)
+    RejectionSampler.forward = forward
+
+
 def add_metrics() -> None:
     """Show SSD's counters beside vLLM's own speculative metrics, on /metrics and in the log line.
 

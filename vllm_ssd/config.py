@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -13,6 +11,8 @@ from pydantic import Field
 from vllm.config.speculative import SpeculativeConfig
 from vllm.config.utils import config
 from vllm.platforms import current_platform
+
+from vllm_ssd.shared import default_shared_folder
 
 GIB = 1 << 30
 MAX_SPECULATIVE_TOKENS = 16
@@ -77,9 +77,7 @@ class SSDSpeculativeConfig(SpeculativeConfig):
         _check_platform(self)
         _check_models(self)
         _check_branches(self)
-        if self.ssd_shared_dir is None:
-            memory = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
-            self.ssd_shared_dir = os.path.join(memory, f"vllm-ssd-{uuid.uuid4().hex[:12]}")
+        self.ssd_shared_dir = self.ssd_shared_dir or str(default_shared_folder())
         self.ssd_draft_cores = _format_cores(_choose_draft_cores(self))
 
     @property
@@ -118,9 +116,12 @@ def parse_cores(text: str) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.partition("-")
         try:
-            cores.extend(range(int(first), int(last if dash else first) + 1))
+            named = range(int(first), int(last if dash else first) + 1)
         except ValueError:
-            raise ValueError(f"ssd_draft_cores={text!r} is not of the form '1' or '8-11,15'") from None
+            named = range(0)
+        if not named:
+            raise ValueError(f"ssd_draft_cores={text!r} is not of the form '1' or '8-11,15'")
+        cores.extend(named)
     return cores
 
 

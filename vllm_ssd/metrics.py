@@ -1,16 +1,17 @@
 """SSD's counters in vLLM's metrics: Prometheus and the log line.
 
-The engine's worker counts in a shared file (`vllm_ssd.counters`); the frontend, a process of its own, reads
-that file whenever vLLM observes speculative decoding, and shows what was added since the last time.
+The engine's worker and the draft count in shared files (`vllm_ssd.counters`); the frontend, a process of its
+own, reads them when Prometheus scrapes and when vLLM logs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import prometheus_client
+from prometheus_client.metrics_core import CounterMetricFamily
 from vllm.logger import init_logger
 
 from vllm_ssd.counters import (
@@ -24,7 +25,7 @@ from vllm_ssd.counters import (
 logger = init_logger("vllm.ssd")
 
 # Prometheus counter -> (documentation, counter, factor)
-TARGET_METRICS: dict[str, tuple[str, str, float]] = {
+METRICS: dict[str, tuple[str, str, float]] = {
     "vllm:ssd_cache_lookups": ("Verification outcomes looked up in the outcome cache.", "lookups", 1),
     "vllm:ssd_cache_hits": ("Lookups that found drafts.", "hits", 1),
     "vllm:ssd_cache_late": ("Lookups whose outcome was foreseen but had no drafts yet.", "late", 1),
@@ -35,8 +36,6 @@ TARGET_METRICS: dict[str, tuple[str, str, float]] = {
     "vllm:ssd_critical_path_seconds": ("Time SSD took on the target's side.", "critical_path_ns", 1e-9),
     "vllm:ssd_draft_restarts": ("Draft processes started again.", "draft_restarts", 1),
     "vllm:ssd_draft_stalls": ("Times the draft fell silent.", "draft_stalls", 1),
-}
-DRAFT_METRICS: dict[str, tuple[str, str, float]] = {
     "vllm:ssd_draft_steps": ("Forward passes of the draft.", "steps", 1),
     "vllm:ssd_draft_step_seconds": ("Time in the draft's steps.", "step_ns", 1e-9),
     "vllm:ssd_branches": ("Branches opened.", "branches", 1),
@@ -45,7 +44,7 @@ DRAFT_METRICS: dict[str, tuple[str, str, float]] = {
 
 
 class CounterReader:
-    """Reads what the engine has counted since the last call.
+    """Reads what the engine has counted.
 
     Args:
         shared_dir: the engine's shared folder.
@@ -61,20 +60,63 @@ class CounterReader:
         self._last: dict[str, int] = {}
 
     def read(self) -> dict[str, int]:
-        """Every counter's increase; empty where the engine is not (or no longer) there."""
+        """Every counter; empty where the engine is not (or no longer) there."""
         now: dict[str, int] = {}
         for path, fields in self._sources:
             try:
                 now |= Counters(path, fields, create=False).as_dict()
-            except (FileNotFoundError, ValueError):
+            except FileNotFoundError:
                 return {}
+        return now
+
+    def read_increase(self) -> dict[str, int]:
+        """Every counter's increase since the last call of this."""
+        now = self.read()
         increase = {name: value - self._last.get(name, 0) for name, value in now.items()}
         self._last = now
         return increase
 
 
+class SSDCollector:
+    """Reads the counters whenever Prometheus scrapes, so that they are right also while nothing is drafted.
+
+    Args:
+        labelnames: vLLM's labels (model_name, engine).
+        sources: for each engine its label values and its counters.
+    """
+
+    def __init__(self, labelnames: Sequence[str], sources: list[tuple[list[str], CounterReader]]) -> None:
+        self._labelnames = labelnames
+        self._sources = sources
+
+    def describe(self) -> list[Any]:
+        """Nothing: the names need not be known in advance."""
+        return []
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        counted = [(labels, reader.read()) for labels, reader in self._sources]
+        for name, (documentation, counter, factor) in METRICS.items():
+            family = CounterMetricFamily(name, documentation, labels=self._labelnames)
+            for labels, counters in counted:
+                if counter in counters:
+                    family.add_metric(labels, counters[counter] * factor)
+            yield family
+
+
+_registered: SSDCollector | None = None
+
+
+def register_collector(collector: SSDCollector) -> None:
+    """Put the collector of this process's engine in place of an earlier engine's."""
+    global _registered
+    if _registered is not None:
+        prometheus_client.REGISTRY.unregister(_registered)
+    prometheus_client.REGISTRY.register(collector)
+    _registered = collector
+
+
 def ssd_prometheus_class(stock: type) -> type:
-    """vLLM's `SpecDecodingProm` with SSD's counters beside its own."""
+    """vLLM's `SpecDecodingProm`, which also registers SSD's collector where the method is "ssd"."""
 
     class SSDSpecDecodingProm(stock):  # type: ignore[misc, valid-type]
         def __init__(
@@ -85,26 +127,12 @@ def ssd_prometheus_class(stock: type) -> type:
             **kwargs: Any,
         ) -> None:
             super().__init__(speculative_config, labelnames, per_engine_labelvalues, **kwargs)
-            self._readers: dict[int, CounterReader] = {}
-            self._ssd_counters: dict[tuple[int, str], Any] = {}
-            if getattr(speculative_config, "method", None) != "ssd":
-                return
-            families = {
-                name: prometheus_client.Counter(name, documentation, labelnames)
-                for name, (documentation, _, _) in (TARGET_METRICS | DRAFT_METRICS).items()
-            }
-            for engine, values in per_engine_labelvalues.items():
-                self._readers[engine] = _reader(speculative_config)
-                for name, family in families.items():
-                    self._ssd_counters[engine, name] = family.labels(*values)
-
-        def observe(self, spec_decoding_stats: Any, engine_idx: int = 0) -> None:
-            super().observe(spec_decoding_stats, engine_idx)
-            reader = self._readers.get(engine_idx)
-            increase = reader.read() if reader else {}
-            for name, (_, counter, factor) in (TARGET_METRICS | DRAFT_METRICS).items():
-                if increase.get(counter, 0) > 0:
-                    self._ssd_counters[engine_idx, name].inc(increase[counter] * factor)
+            if getattr(speculative_config, "method", None) == "ssd":
+                sources = [
+                    (list(map(str, values)), _reader(speculative_config))
+                    for values in per_engine_labelvalues.values()
+                ]
+                register_collector(SSDCollector(labelnames, sources))
 
     return SSDSpecDecodingProm
 
@@ -126,7 +154,7 @@ class SSDSpecDecodingLogging:
 
     def log(self, log_fn: Callable[..., None] = logger.info) -> None:
         self._stock.log(log_fn=log_fn)
-        new = self._reader.read()
+        new = self._reader.read_increase()
         if not new.get("rounds"):
             return
         log_fn(

@@ -1,12 +1,20 @@
-"""Memory that several processes map (pure)."""
+"""Memory that several processes map, and the folder it lies in (pure)."""
 
 from __future__ import annotations
 
+import fcntl
 import math
+import os
+import shutil
+import tempfile
+import uuid
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
+PREFIX = "vllm-ssd-"
+LOCK_FILE = "owner"
 
 
 def map_int64(path: Path, shape: tuple[int, ...], *, create: bool) -> npt.NDArray[np.int64]:
@@ -24,3 +32,48 @@ def map_int64(path: Path, shape: tuple[int, ...], *, create: bool) -> npt.NDArra
         path.write_bytes(bytes(8 * math.prod(shape)))
     # The plain array is the same memory, without memmap's slower indexing.
     return np.asarray(np.memmap(path, np.int64, "r+", shape=shape))
+
+
+def default_shared_folder() -> Path:
+    """A new name for a shared folder, in memory where the machine has a file system for it."""
+    memory = Path("/dev/shm")
+    parent = memory if memory.is_dir() else Path(tempfile.gettempdir())
+    return parent / f"{PREFIX}{uuid.uuid4().hex[:12]}"
+
+
+class SharedFolder:
+    """A folder that the engine's processes share, and nobody else: it holds users' tokens.
+
+    It is locked for as long as its owner lives. Whoever makes a folder beside it removes those whose owner
+    has been killed: the kernel gives up the lock of a process that ends, in whatever way.
+    """
+
+    def __init__(self, path: Path) -> None:
+        _remove_abandoned(path.parent)
+        self.path = path
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        unlocked = path / f"{LOCK_FILE}.new"
+        self._lock = os.open(unlocked, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        unlocked.rename(path / LOCK_FILE)  # nobody sees the lock before it is held
+
+    def remove(self) -> None:
+        """Delete the folder and all that is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+
+def _remove_abandoned(parent: Path) -> None:
+    for lock in parent.glob(f"{PREFIX}*/{LOCK_FILE}"):
+        try:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:  # another user's, or gone by now
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # its owner lives
+            continue
+        else:
+            shutil.rmtree(lock.parent, ignore_errors=True)
+        finally:
+            os.close(descriptor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import weakref
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from vllm_ssd.counters import (
 from vllm_ssd.fallback import Fallback, NgramFallback, NoFallback
 from vllm_ssd.proposer import Proposer
 from vllm_ssd.runner_v1 import SSDModelRunner
+from vllm_ssd.shared import SharedFolder
 from vllm_ssd.supervisor import DraftSupervisor
 
 DRAFT_BLOCK_SIZE = 32  # the smallest CPU_ATTN takes: a fork copies one block per branch
@@ -36,8 +36,8 @@ class SSDWorker(CPUWorker):
         ssd = self.vllm_config.speculative_config
         assert isinstance(ssd, SSDSpeculativeConfig)
         assert ssd.ssd_shared_dir is not None
-        self._shared_dir = Path(ssd.ssd_shared_dir)
-        self._shared_dir.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds users' tokens
+        folder = SharedFolder(Path(ssd.ssd_shared_dir))
+        self._shared_dir = folder.path
         fields = target_fields(ssd.num_speculative_tokens)
         self._counters = Counters(self._shared_dir / TARGET_COUNTERS_FILE, fields, create=True)
         self._supervisor = DraftSupervisor(
@@ -48,7 +48,7 @@ class SSDWorker(CPUWorker):
             ssd.ssd_max_restarts,
         )
         # Also where nobody calls shutdown: an engine that fails to start, or is dropped in-process.
-        self._stop_draft = weakref.finalize(self, _stop_draft, self._supervisor, self._shared_dir)
+        self._stop_draft = weakref.finalize(self, _stop_draft, self._supervisor, folder)
         with compat.cpu_runner_class(SSDModelRunner):
             super().init_device()
         runner = self.model_runner
@@ -82,9 +82,9 @@ class SSDWorker(CPUWorker):
         }
 
 
-def _stop_draft(supervisor: DraftSupervisor, shared_dir: Path) -> None:
+def _stop_draft(supervisor: DraftSupervisor, folder: SharedFolder) -> None:
     supervisor.close()
-    shutil.rmtree(shared_dir, ignore_errors=True)
+    folder.remove()
 
 
 def _configure(ssd: SSDSpeculativeConfig, vllm_config: VllmConfig) -> Configure:

@@ -33,28 +33,48 @@ def test_there_are_counters_for_every_accepted_length() -> None:
     assert "hits_k4" not in fields
 
 
-def test_the_reader_tells_what_was_added(tmp_path: Path) -> None:
+def test_the_reader_tells_what_was_counted_and_what_was_added(tmp_path: Path) -> None:
     from vllm_ssd.metrics import CounterReader
 
     reader = CounterReader(tmp_path, 2)
     assert reader.read() == {}  # the engine is not there yet
     target = Counters(tmp_path / TARGET_COUNTERS_FILE, target_fields(2), create=True)
-    assert reader.read() == {}
+    assert reader.read_increase() == {}
     draft = Counters(tmp_path / DRAFT_COUNTERS_FILE, DRAFT_FIELDS, create=True)
     target.add("hits", 3)
     draft.add("steps", 7)
-    first = reader.read()
+    first = reader.read_increase()
     assert (first["hits"], first["steps"]) == (3, 7)
     target.add("hits", 2)
-    second = reader.read()
+    second = reader.read_increase()
     assert (second["hits"], second["steps"]) == (2, 0)
+    assert reader.read()["hits"] == 5
     (tmp_path / DRAFT_COUNTERS_FILE).unlink()
     assert reader.read() == {}
 
 
+def test_prometheus_shows_the_counters_of_the_engine_that_is_there(tmp_path: Path) -> None:
+    from prometheus_client import generate_latest
+
+    from vllm_ssd.metrics import CounterReader, SSDCollector, register_collector
+
+    labels = ["model_name", "engine"]
+    for name in ("old", "new"):  # a second engine in the process takes the first one's place
+        folder = tmp_path / name
+        folder.mkdir()
+        Counters(folder / DRAFT_COUNTERS_FILE, DRAFT_FIELDS, create=True)
+        target = Counters(folder / TARGET_COUNTERS_FILE, target_fields(2), create=True)
+        target.add("wait_ns", 1_500_000_000)
+        target.add("lookups", 7)
+        register_collector(SSDCollector(labels, [([name, "0"], CounterReader(folder, 2))]))
+    page = generate_latest().decode()
+    assert 'vllm:ssd_cache_lookups_total{engine="0",model_name="new"} 7.0' in page
+    assert 'vllm:ssd_wait_seconds_total{engine="0",model_name="new"} 1.5' in page
+    assert 'model_name="old"' not in page
+
+
 @pytest.mark.parametrize("k", [1, 4])
 def test_every_metric_has_its_counter(k: int) -> None:
-    from vllm_ssd.metrics import DRAFT_METRICS, TARGET_METRICS
+    from vllm_ssd.metrics import METRICS
 
-    assert {counter for _, counter, _ in TARGET_METRICS.values()} <= set(target_fields(k))
-    assert {counter for _, counter, _ in DRAFT_METRICS.values()} <= set(DRAFT_FIELDS)
+    assert {counter for _, counter, _ in METRICS.values()} <= {*target_fields(k), *DRAFT_FIELDS}

@@ -7,7 +7,6 @@ request's full blocks (see `vllm_ssd.draft.branches`), so any attention backend 
 
 from __future__ import annotations
 
-import tempfile
 from typing import Any
 
 import numpy as np
@@ -54,7 +53,7 @@ class DraftEngine:
     def __init__(self, configure: Configure) -> None:
         self.config = _engine_config(configure)
         self.device = current_platform.device_type
-        _init_device(self.config)
+        _init_device(self.config, configure.table_dir)
         with set_current_vllm_config(self.config):
             self.model = get_model(vllm_config=self.config)
             self.kv_cache_config = _plan_kv_cache(self.config, configure.memory_bytes)
@@ -157,17 +156,16 @@ def _engine_config(configure: Configure) -> VllmConfig:
     return args.create_engine_config()
 
 
-def _init_device(config: VllmConfig) -> None:
+def _init_device(config: VllmConfig, folder: str) -> None:
     """What a vLLM worker does before it loads a model, for a world of one process."""
     if current_platform.is_cpu():
         import vllm.v1.worker.cpu.shm
     current_platform.import_kernels()
     config.kernel_config.ir_op_priority.set_default()
     vllm.ir.set_default_torch_wrap(config.compilation_config.ir_enable_torch_wrap)
-    directory = tempfile.mkdtemp(prefix="vllm-ssd-")
     with set_current_vllm_config(config):
         init_worker_distributed_environment(
-            config, 0, f"file://{directory}/rendezvous", 0, current_platform.dist_backend
+            config, 0, f"file://{folder}/rendezvous", 0, current_platform.dist_backend
         )
 
 

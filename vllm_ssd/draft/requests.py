@@ -8,7 +8,6 @@ it has in common with the outcome; what then has no KV yet is computed as part o
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import takewhile
 
 import numpy as np
 import numpy.typing as npt
@@ -229,13 +228,9 @@ class DraftRequest:
 
     def _rewind(self, outcome: RoundOutcome) -> None:
         self._release_branches()
-        new = outcome.tokens + outcome.drafts
-        old = self.tokens[self.num_confirmed :]
-        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(old, new, strict=False)))
-        self.tokens[self.num_confirmed :] = new
-        self.num_computed = min(self.num_computed, self.num_confirmed + common)
+        self.tokens[self.num_confirmed :] = outcome.tokens + outcome.drafts
         self.num_confirmed += len(outcome.tokens)
-        # The last confirmed token is computed again where its KV was there already: its logits are wanted.
+        # What has KV so far agrees up to the last confirmed token, whose logits are wanted anyway.
         self.num_computed = min(self.num_computed, self.num_confirmed - 1)
         self.candidates = {}
 

@@ -1,0 +1,51 @@
+"""The shared folder: private, removed by its owner, or by the next engine if its owner was killed."""
+
+from __future__ import annotations
+
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+from vllm_ssd.shared import PREFIX, SharedFolder, default_shared_folder
+
+OWN_AND_WAIT = """
+import sys
+from pathlib import Path
+from vllm_ssd.shared import SharedFolder
+folder = SharedFolder(Path(sys.argv[1]))
+print("made", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_private_and_removed(tmp_path: Path) -> None:
+    folder = SharedFolder(tmp_path / f"{PREFIX}1")
+    assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
+    (folder.path / "file").touch()
+    folder.remove()
+    assert not folder.path.exists()
+
+
+def test_names_differ() -> None:
+    assert default_shared_folder() != default_shared_folder()
+
+
+def test_only_what_a_dead_owner_left_is_swept_away(tmp_path: Path) -> None:
+    other = tmp_path / f"{PREFIX}other"
+    unrelated = tmp_path / f"{PREFIX}unrelated"
+    unrelated.mkdir()
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWN_AND_WAIT, str(other)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == b"made\n"
+        SharedFolder(tmp_path / f"{PREFIX}mine").remove()
+        assert other.exists()
+    finally:
+        owner.kill()
+        owner.wait()
+    SharedFolder(tmp_path / f"{PREFIX}mine").remove()
+    assert not other.exists()
+    assert unrelated.exists()
