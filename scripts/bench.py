@@ -51,7 +51,7 @@ PROMPT_SEED = 1  # the check for losslessness uses others; none is used in train
 QUIET_SHARE = 0.97  # of the target's core that its process got, if nothing else ran there
 SPARE_POSITIONS = 64  # so that no speculation is cut short at the longest length
 
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 100)  # a log has no width of its own
 
 
 @dataclass(frozen=True)
