@@ -49,6 +49,7 @@ METHODS = ("ar", "draft_model", "ssd")
 WARM_UP_TOKENS = 24
 PROMPT_SEED = 1  # the check for losslessness uses others; none is used in training
 QUIET_SHARE = 0.97  # of the target's core that its process got, if nothing else ran there
+BLOCK_SIZE = 128  # vLLM's default on the CPU
 SPARE_POSITIONS = 64  # so that no speculation is cut short at the longest length
 
 console = Console(width=None if sys.stdout.isatty() else 100)  # a log has no width of its own
@@ -246,10 +247,14 @@ class Bench:
 
     def _spec(self, contestant: Contestant) -> EngineSpec:
         args = self._args
+        length, num_requests = args.prompt_tokens + args.out_tokens + SPARE_POSITIONS, max(args.batch)
         more = {
-            "max_model_len": args.prompt_tokens + args.out_tokens + SPARE_POSITIONS,
-            "max_num_seqs": max(args.batch),
+            "max_model_len": length,
+            "max_num_seqs": num_requests,
             "enable_prefix_caching": False,
+            # All engines are in memory at once: KV blocks for all requests, twice if a draft needs its own.
+            "block_size": BLOCK_SIZE,
+            "num_gpu_blocks_override": 2 * num_requests * (length // BLOCK_SIZE + 2),
         }
         return EngineSpec(
             contestant.label,

@@ -381,6 +381,7 @@ def exit_on_signals() -> None:
     """Make SIGTERM and SIGHUP end this process the way Ctrl-C does, so that engines are ended too."""
 
     def leave(number: int, _frame: object) -> None:
+        print(f"ended by {signal.Signals(number).name}", file=sys.stderr)
         sys.exit(128 + number)
 
     for number in (signal.SIGTERM, signal.SIGHUP):
