@@ -41,12 +41,12 @@ class SSDSpeculativeConfig(SpeculativeConfig):
     """
 
     method: Literal["ssd"] | None = "ssd"  # type: ignore[assignment]
-    ssd_branch_budget: int = Field(default=15, ge=1, le=4096)
+    ssd_branch_budget: int = Field(default=8, ge=1, le=4096)
     """Branches per request: outcomes of a verification that the draft speculates for."""
     ssd_fanout: Literal["global", "uniform"] | list[int] = "global"
     """How the budget is spent on the accepted lengths k = 0..K: on the outcomes that are likeliest this very
     round, evenly, or as K + 1 numbers of your own."""
-    ssd_max_rows: int = Field(default=32, ge=1, le=65536)
+    ssd_max_rows: int = Field(default=16, ge=1, le=65536)
     """Rows of one draft step over all requests. More requests than fit share it, each with fewer branches;
     so a draft round keeps fitting inside one verification."""
     ssd_fallback: Literal["none", "ngram"] = "none"
@@ -195,10 +195,10 @@ def _check_branches(ssd: SSDSpeculativeConfig) -> None:
     if k + 1 >= ssd.draft_model_config.max_model_len:
         raise ValueError(f"num_speculative_tokens={k} fills the draft's whole context; lower it")
     if isinstance(fanout, str):
-        if budget < k + 1:
+        if fanout == "uniform" and budget < k + 1:
             raise ValueError(
                 f"ssd_branch_budget={budget} is less than the {k + 1} accepted lengths of "
-                f"num_speculative_tokens={k}; raise it or give ssd_fanout"
+                f"num_speculative_tokens={k}; raise it or set ssd_fanout to 'global'"
             )
         return
     if len(fanout) != k + 1:

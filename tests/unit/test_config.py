@@ -122,7 +122,7 @@ REFUSED: list[Any] = [
     ({"num_speculative_tokens": None}, ("num_speculative_tokens",)),
     ({"num_speculative_tokens": 17, "ssd_branch_budget": 40}, ("num_speculative_tokens=17", "16")),
     ({"max_model_len": 4}, ("num_speculative_tokens=4",)),
-    ({"ssd_branch_budget": 4}, ("ssd_branch_budget=4", "raise it")),
+    ({"ssd_branch_budget": 4, "ssd_fanout": "uniform"}, ("ssd_branch_budget=4", "raise it")),
     ({"ssd_fanout": [5, 5, 5]}, ("ssd_fanout", "5 numbers", "not 3")),
     ({"ssd_fanout": [5, 5, 5, 5, 5]}, ("ssd_branch_budget=25",)),
     ({"ssd_fanout": [-1, 4, 4, 4, 4]}, ("ssd_fanout", "outside")),
