@@ -69,13 +69,13 @@ def test_as_many_are_accepted_as_with_draft_model(engines: Engines, pair: tuple[
     model = LlamaForCausalLM.from_pretrained(draft, dtype=torch.float32).eval()
     text = generate(engines.get(target), prompts(), greedy_params(NUM_TOKENS))
 
-    # Nearly every outcome has a branch, and the target waits for its full depth.
-    speculative = ssd(draft, K, ssd_branch_budget=100, ssd_max_rows=800, ssd_wait_ms=1000.0)
+    # The target waits for the full depth of what was foreseen. Few branches, so that the draft keeps up.
+    speculative = ssd(draft, K, ssd_branch_budget=12, ssd_max_rows=24, ssd_wait_ms=1000.0)
     llm = engines.get(target, speculative)
     by_ssd: Drafted = []
     in_worker(llm, record_drafts(by_ssd))
     assert generate(llm, prompts(), greedy_params(NUM_TOKENS)) == text
-    assert stats(llm)["hits"] > 100
+    assert stats(llm)["hits"] > 20
     # Drafts near a request's end may be cut; all others have full depth.
     assert sum(len(drafts) == K for _, drafts in by_ssd) > 0.8 * len(by_ssd)
     assert_greedy(model, by_ssd)

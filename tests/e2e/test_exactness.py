@@ -144,7 +144,7 @@ def model(small_vocabulary_pair: tuple[Path, Path]) -> LlamaForCausalLM:
 def engine(engines: Engines, pair: tuple[Path, Path], fallback: str) -> Any:
     """Few branches for each request of a full batch, so that hits and misses mix."""
     speculative = ssd(pair[1], K, ssd_fallback=fallback, ssd_branch_budget=12, ssd_max_rows=96)
-    return engines.get(pair[0], speculative, max_num_seqs=24, max_model_len=128)
+    return engines.get(pair[0], speculative, max_num_seqs=12, max_model_len=128)
 
 
 @pytest.mark.parametrize("fallback", ["ngram", "none"])
@@ -158,9 +158,9 @@ def test_exact(
     assert_exact(lambda: sample(llm, laws, 2000), laws)
     after = stats(llm)
     new = {name: after[name] - before[name] for name in ("hits", "lookups", f"fallback_{fallback}")}
-    assert new["hits"] > 100
-    assert new["hits"] < new["lookups"] - 100
-    assert new[f"fallback_{fallback}"] > 100
+    assert new["hits"] > 20
+    assert new["hits"] < new["lookups"] - 20
+    assert new[f"fallback_{fallback}"] > 20
 
 
 def test_exact_with_top_k_and_top_p(
