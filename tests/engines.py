@@ -5,12 +5,15 @@ from __future__ import annotations
 import gc
 import json
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 CORES = os.sched_getaffinity(0)
 MAX_MODEL_LEN = 1024
+
+TIME_FOR_DRAFT_S = 0.02
 
 
 class Engines:
@@ -126,3 +129,17 @@ def is_running(pid: int) -> bool:
     except OSError:
         return False
     return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def give_draft_time(worker: Any) -> None:
+    """Slow the target down: a tiny one outruns its draft on some machines, and then nothing is foreseen."""
+    runner = worker.model_runner
+    if hasattr(runner, "unslowed_propose"):
+        return
+    runner.unslowed_propose = stock = runner.propose_draft_token_ids
+
+    def propose(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(TIME_FOR_DRAFT_S)
+        return stock(*args, **kwargs)
+
+    runner.propose_draft_token_ids = propose

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import Engines, generate, greedy_params, in_worker, metric, ssd, stats
+from engines import Engines, generate, give_draft_time, greedy_params, in_worker, metric, ssd, stats
 from transformers import LlamaForCausalLM
 
 pytestmark = pytest.mark.timeout(280)
@@ -73,6 +73,7 @@ def test_as_many_are_accepted_as_with_draft_model(engines: Engines, pair: tuple[
     speculative = ssd(draft, K, ssd_branch_budget=12, ssd_max_rows=24, ssd_wait_ms=1000.0)
     llm = engines.get(target, speculative)
     by_ssd: Drafted = []
+    in_worker(llm, give_draft_time)
     in_worker(llm, record_drafts(by_ssd))
     assert generate(llm, prompts(), greedy_params(NUM_TOKENS)) == text
     assert stats(llm)["hits"] > 20

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from engines import Engines, generate, ssd, stats
+from engines import Engines, generate, give_draft_time, in_worker, ssd, stats
 from scipy.stats import chisquare
 from transformers import LlamaForCausalLM
 
@@ -144,7 +144,9 @@ def model(small_vocabulary_pair: tuple[Path, Path]) -> LlamaForCausalLM:
 def engine(engines: Engines, pair: tuple[Path, Path], fallback: str) -> Any:
     """Few branches for each request of a full batch, so that hits and misses mix."""
     speculative = ssd(pair[1], K, ssd_fallback=fallback, ssd_branch_budget=12, ssd_max_rows=96)
-    return engines.get(pair[0], speculative, max_num_seqs=12, max_model_len=128)
+    llm = engines.get(pair[0], speculative, max_num_seqs=12, max_model_len=128)
+    in_worker(llm, give_draft_time)
+    return llm
 
 
 @pytest.mark.parametrize("fallback", ["ngram", "none"])
