@@ -248,7 +248,7 @@ class Bench:
     def _spec(self, contestant: Contestant) -> EngineSpec:
         args = self._args
         length, num_requests = args.prompt_tokens + args.out_tokens + SPARE_POSITIONS, max(args.batch)
-        more = {
+        more: dict[str, Any] = {
             "max_model_len": length,
             "max_num_seqs": num_requests,
             "enable_prefix_caching": False,
@@ -256,6 +256,7 @@ class Bench:
             "block_size": BLOCK_SIZE,
             "num_gpu_blocks_override": 2 * num_requests * (length // BLOCK_SIZE + 2),
         }
+        more |= args.engine_args
         return EngineSpec(
             contestant.label,
             engine_args(
@@ -391,6 +392,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--repeats", type=parse_number, default=5, help="measurements of each kind (default: 5)")
     add("--ssd-config", type=parse_object, default="{}", help="further SSD options, as JSON")
+    add("--engine-args", type=parse_object, default="{}", help="further vLLM engine arguments, as JSON")
     add("--json", type=Path, required=True, help="where the figures go")
     return parser.parse_args()
 
@@ -409,7 +411,8 @@ def main() -> int:
         return 130
     rows = bench.rows()
     settings = {
-        name: getattr(args, name) for name in ("prompt_tokens", "out_tokens", "repeats", "ssd_config")
+        name: getattr(args, name)
+        for name in ("prompt_tokens", "out_tokens", "repeats", "ssd_config", "engine_args")
     }
     write_json(args.json, describe_run() | {"settings": settings, "rows": rows})
     print_tables(rows)

@@ -291,14 +291,15 @@ def engine_args(
     args: dict[str, Any] = {
         "model": target,
         "dtype": "float32",
-        "enforce_eager": True,
         "disable_log_stats": False,
         "seed": 0,
     }
     if method != "ar":
         args["speculative_config"] = {"method": method, "model": draft, "num_speculative_tokens": k}
     if method == "ssd":
-        args["speculative_config"] |= {"ssd_draft_cores": str(cores.draft)} | ssd_config
+        # Several engines may compile at once, each with its draft.
+        more_time = {"ssd_ready_timeout": READY_TIMEOUT_S}
+        args["speculative_config"] |= {"ssd_draft_cores": str(cores.draft)} | more_time | ssd_config
     return args | more
 
 

@@ -46,7 +46,7 @@ class SSDSpeculativeConfig(SpeculativeConfig):
     ssd_fanout: Literal["global", "uniform"] | list[int] = "global"
     """How the budget is spent on the accepted lengths k = 0..K: on the outcomes that are likeliest this very
     round, evenly, or as K + 1 numbers of your own."""
-    ssd_max_rows: int = Field(default=16, ge=1, le=65536)
+    ssd_max_rows: int = Field(default=24, ge=1, le=65536)
     """Rows of one draft step over all requests. More requests than fit share it, each with fewer branches;
     so a draft round keeps fitting inside one verification."""
     ssd_fallback: Literal["none", "ngram"] = "none"

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from .tokenizer import MAX_POSITIONS, VOCAB_SIZE
 
-TARGET_LAYERS = 12
+TARGET_LAYERS = 28
 DRAFT_LAYERS = 2
 
 
@@ -15,10 +15,10 @@ def llama_config(layers: int, **changes: int | float | bool) -> LlamaConfig:
     """Return the demo pair's Llama configuration with this many layers; changes override single fields."""
     shape = {
         "vocab_size": VOCAB_SIZE,
-        "hidden_size": 256,
-        "intermediate_size": 704,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
         "head_dim": 64,
         "max_position_embeddings": MAX_POSITIONS,
         "tie_word_embeddings": True,

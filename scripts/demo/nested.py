@@ -45,7 +45,9 @@ def parse_shape(text: str) -> LlamaConfig:
         raise ValueError(f"unknown shape keys {sorted(unknown)}; known are {sorted(SHAPE_KEYS)}")
     fields = {SHAPE_KEYS[key]: value for key, value in changes.items()}
     if "head_dim" not in changes and {"hidden", "heads"} & set(changes):
-        fields["head_dim"] = fields.get("hidden_size", 256) // fields.get("num_attention_heads", 4)
+        demo = llama_config(1)
+        heads = fields.get("num_attention_heads", demo.num_attention_heads)
+        fields["head_dim"] = fields.get("hidden_size", demo.hidden_size) // heads
     layers = fields.pop("num_hidden_layers", 2)
     return llama_config(layers, tie_word_embeddings=False, **fields)
 

@@ -76,7 +76,7 @@ def test_as_many_are_accepted_as_with_draft_model(engines: Engines, pair: tuple[
     in_worker(llm, give_draft_time)
     in_worker(llm, record_drafts(by_ssd))
     assert generate(llm, prompts(), greedy_params(NUM_TOKENS)) == text
-    assert stats(llm)["hits"] > 20
+    assert stats(llm)["hits"] > 100
     # Drafts near a request's end may be cut; all others have full depth.
     assert sum(len(drafts) == K for _, drafts in by_ssd) > 0.8 * len(by_ssd)
     assert_greedy(model, by_ssd)

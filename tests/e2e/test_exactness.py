@@ -160,9 +160,9 @@ def test_exact(
     assert_exact(lambda: sample(llm, laws, 2000), laws)
     after = stats(llm)
     new = {name: after[name] - before[name] for name in ("hits", "lookups", f"fallback_{fallback}")}
-    assert new["hits"] > 20
-    assert new["hits"] < new["lookups"] - 20
-    assert new[f"fallback_{fallback}"] > 20
+    assert new["hits"] > 100
+    assert new["hits"] < new["lookups"] - 100
+    assert new[f"fallback_{fallback}"] > 100
 
 
 def test_exact_with_top_k_and_top_p(

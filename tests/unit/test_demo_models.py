@@ -75,7 +75,7 @@ def test_shipped_weights_are_small() -> None:
 def test_command_writes_hugging_face_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["make_demo_models.py", "--out", str(tmp_path)])
     make_demo_models.main()
-    for name, layers in (("target", 12), ("draft", 2)):
+    for name, layers in (("target", 28), ("draft", 2)):
         config = json.loads((tmp_path / name / "config.json").read_text())
         assert config["architectures"] == ["LlamaForCausalLM"]
         assert (config["num_hidden_layers"], config["dtype"]) == (layers, "float32")

@@ -124,10 +124,11 @@ class DraftEngine:
         slots_by_layer = build_slot_mappings_by_layer(slot_mapping, self.kv_cache_config)
         with set_forward_context(metadata, self.config, num_tokens=num_tokens, slot_mapping=slots_by_layer):
             hidden = self.model(input_ids=self._to_device(rows.tokens), positions=positions)
-        logits = self.model.compute_logits(hidden[self._to_device(rows.wanted)]).float()
-        top = torch.topk(logits, num_candidates, dim=-1)
-        log_probs = top.values - torch.logsumexp(logits, dim=-1, keepdim=True)
-        return Candidates(top.indices.cpu().numpy(), log_probs.cpu().numpy())
+        if len(rows.wanted) < num_tokens:
+            hidden = hidden[self._to_device(rows.wanted)]
+        log_probs = self.model.compute_logits(hidden).float().log_softmax(dim=-1)
+        top = torch.topk(log_probs, num_candidates, dim=-1)
+        return Candidates(top.indices.cpu().numpy(), top.values.cpu().numpy())
 
     @torch.inference_mode()
     def copy_blocks(self, sources: Int64Array, targets: Int64Array) -> None:

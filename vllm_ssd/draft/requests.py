@@ -116,41 +116,47 @@ class DraftRequest:
         self._forked.clear()
         return adopted
 
-    def unforked(self) -> list[int]:
-        """The accepted lengths, in order, that have known candidates but no branches yet."""
-        return sorted(self.candidates.keys() - self._forked)
+    @property
+    def can_fork(self) -> bool:
+        """Whether some accepted length has known candidates but no branches yet."""
+        return len(self.candidates) > len(self._forked)
 
-    def outcomes(self, k: int) -> Candidates:
-        """The tokens that may end this round after k accepted drafts, likeliest first: [num_candidates].
+    def outcomes(self) -> dict[int, Candidates]:
+        """What may end this round, for each accepted length that has no branches yet: [num_candidates].
 
-        The log-probabilities are those of the whole outcome as the draft sees it: that the target agrees with
-        the first k drafts, and goes on with this token. The k-th draft itself is left out: had it been right,
-        it would have been accepted.
+        Likeliest first. The log-probabilities are those of the whole outcome as the draft sees it: that the
+        target agrees with the first k drafts, and goes on with this token. The k-th draft itself is left out:
+        had it been right, it would have been accepted.
         """
-        candidates = self.candidates[k]
-        reached = sum(self._sent_log_prob(j) for j in range(k))
-        keep = slice(None)
-        if k < self.num_sent:
-            keep = candidates.tokens != self.tokens[self.num_confirmed + k]
-        return Candidates(candidates.tokens[keep], candidates.log_probs[keep] + np.float32(reached))
+        sent = self.tokens[self.num_confirmed :]
+        outcomes: dict[int, Candidates] = {}
+        reached = np.float32(0.0)
+        for k in range(len(self.candidates)):
+            candidates = self.candidates[k]
+            tokens, log_probs = candidates.tokens, candidates.log_probs
+            if k < len(sent):
+                other = tokens != sent[k]
+                tokens, log_probs = tokens[other], log_probs[other]
+            if k not in self._forked:
+                outcomes[k] = Candidates(tokens, log_probs + reached)
+            if k < len(sent):
+                matches = candidates.log_probs[~other]
+                reached += matches[0] if len(matches) else candidates.log_probs[-1]
+        return outcomes
 
-    def fork(self, fan_out: dict[int, int], copies: BlockCopies) -> BranchGroup | None:
-        """Fork branches for accepted lengths that have none yet.
+    def fork(self, branches: dict[int, list[int]], copies: BlockCopies) -> BranchGroup | None:
+        """Fork branches.
 
         Args:
-            fan_out: branches for each of the accepted lengths `unforked`.
+            branches: for each accepted length in `outcomes`, the tokens to go on with.
             copies: gets the partial blocks to copy.
 
         Returns:
             The new branches, or None where there are none to make, or no blocks for them.
         """
-        ks: list[int] = []
-        tokens: list[int] = []
-        for k, count in fan_out.items():
-            chosen = self.outcomes(k).tokens[:count].tolist()
-            ks += [k] * len(chosen)
-            tokens += chosen
-        self._forked |= fan_out.keys()
+        ks = [k for k, chosen in branches.items() for _ in chosen]
+        tokens = [token for chosen in branches.values() for token in chosen]
+        self._forked |= branches.keys()
         if not ks or len(self.tokens) + self._num_drafts + 1 > self._max_model_len:
             return None
         group = self._fork(np.array(ks, dtype=np.int64), tokens, copies)
@@ -189,14 +195,6 @@ class DraftRequest:
         chains = np.zeros((len(ks), num_drafts + 2), dtype=np.int64)
         chains[:, 0] = tokens
         return BranchGroup(self.num_entries, ks, roots, chains, tables, num_shared, private_blocks)
-
-    def _sent_log_prob(self, k: int) -> float:
-        """How likely the draft holds it that the target accepts the draft token after k others."""
-        candidates = self.candidates.get(k)
-        if candidates is None:
-            return 0.0
-        matches = np.flatnonzero(candidates.tokens == self.tokens[self.num_confirmed + k])
-        return float(candidates.log_probs[matches[0] if len(matches) else -1])
 
     def _adopt(self, outcome: RoundOutcome) -> bool:
         k = len(outcome.tokens) - 1

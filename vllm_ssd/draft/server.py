@@ -147,9 +147,9 @@ class DraftServer:
         copies = BlockCopies()
         budget = self._branch_budget()
         for request in self._requests.values():
-            if not request.unforked():
+            if not request.can_fork:
                 continue
-            group = request.fork(self._fan_out(request, budget), copies)
+            group = request.fork(self._choose_branches(request, budget), copies)
             if group is None:
                 continue
             self._counters.add("branches", len(group))
@@ -164,19 +164,24 @@ class DraftServer:
         share = self._configure.max_rows // max(1, len(self._requests))
         return min(self._configure.branch_budget, max(1, share))
 
-    def _fan_out(self, request: DraftRequest, budget: int) -> dict[int, int]:
-        """Branches for each accepted length of the request that has none yet."""
-        ks = request.unforked()
+    def _choose_branches(self, request: DraftRequest, budget: int) -> dict[int, list[int]]:
+        """The tokens to fork at each accepted length of the request that has no branches yet."""
+        outcomes = request.outcomes()
+        counts = self._fan_out(request, outcomes, budget)
+        return {k: outcomes[k].tokens[: counts[k]].tolist() for k in outcomes}
+
+    def _fan_out(self, request: DraftRequest, outcomes: dict[int, Candidates], budget: int) -> dict[int, int]:
+        """Branches for each accepted length in `outcomes`."""
         fan_out = uniform_fanout(request.num_sent, budget)
         if self._configure.fanout == "global":
             # What is not known yet (the tip after an early outcome) keeps its even share of the budget.
-            later = sum(fan_out[ks[-1] + 1 :])
-            log_probs = [request.outcomes(k).log_probs for k in ks]
+            later = sum(fan_out[max(outcomes) + 1 :])
+            log_probs = [candidates.log_probs for candidates in outcomes.values()]
             counts = global_fanout(log_probs, max(0, budget - request.num_entries - later))
-            return dict(zip(ks, counts, strict=True))
+            return dict(zip(outcomes, counts, strict=True))
         if not isinstance(self._configure.fanout, str):
             fan_out = scale_fanout(listed_fanout(self._configure.fanout, request.num_sent), budget)
-        return {k: fan_out[k] for k in ks}
+        return {k: fan_out[k] for k in outcomes}
 
     def _trunk_rows(self) -> list[TrunkRow]:
         rows: list[TrunkRow] = []
