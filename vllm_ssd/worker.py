@@ -122,5 +122,7 @@ def _configure(ssd: SSDSpeculativeConfig, vllm_config: VllmConfig) -> Configure:
 
 def _fallback(ssd: SSDSpeculativeConfig, max_model_len: int) -> Fallback:
     if ssd.ssd_fallback == "ngram":
-        return NgramFallback(compat.match_ngram, max_model_len)
+        fallback = NgramFallback(compat.match_ngram, max_model_len)
+        fallback.propose([0, 0], 1)  # Numba compiles it at the first call, for seconds: not in a user's round
+        return fallback
     return NoFallback()
