@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 TESTS = Path(__file__).parent
-MARKED_FOLDERS = ("unit", "e2e", "v2", "faults", "gpu")
+MARKED_FOLDERS = ("unit", "e2e")
 
 # Before any test imports vLLM, and inherited by every process that a test starts. The reasons are in
 # scripts/setup_env.sh, which sets the same for the scripts; these make plain `pytest` do as well.
@@ -32,16 +32,8 @@ settings.register_profile(
 settings.load_profile("ssd")
 
 
-def has_gpu() -> bool:
-    """Asked of the system, not of torch: collecting the tests must stay quick."""
-    return Path("/dev/nvidia0").exists()
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    without_gpu = pytest.mark.skip(reason="no CUDA device on this machine")
     for item in items:
         folder = item.path.relative_to(TESTS).parts[0]
         if folder in MARKED_FOLDERS:
             item.add_marker(folder)
-        if item.get_closest_marker("gpu") and not has_gpu():
-            item.add_marker(without_gpu)

@@ -19,6 +19,8 @@ from vllm_ssd.draft.rows import Candidates
 
 Int64Array = npt.NDArray[np.int64]
 
+NO_TOKEN = -1
+
 
 @dataclass
 class BlockCopies:
@@ -131,17 +133,12 @@ class DraftRequest:
         sent = self.tokens[self.num_confirmed :]
         outcomes: dict[int, Candidates] = {}
         reached = np.float32(0.0)
-        for k in range(len(self.candidates)):
-            candidates = self.candidates[k]
+        for k, candidates in sorted(self.candidates.items()):
             tokens, log_probs = candidates.tokens, candidates.log_probs
-            if k < len(sent):
-                other = tokens != sent[k]
-                tokens, log_probs = tokens[other], log_probs[other]
+            is_sent = tokens == (sent[k] if k < len(sent) else NO_TOKEN)
             if k not in self._forked:
-                outcomes[k] = Candidates(tokens, log_probs + reached)
-            if k < len(sent):
-                matches = candidates.log_probs[~other]
-                reached += matches[0] if len(matches) else candidates.log_probs[-1]
+                outcomes[k] = Candidates(tokens[~is_sent], log_probs[~is_sent] + reached)
+            reached += log_probs[is_sent][0] if is_sent.any() else log_probs[-1]
         return outcomes
 
     def fork(self, branches: dict[int, list[int]], copies: BlockCopies) -> BranchGroup | None:
