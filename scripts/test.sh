@@ -35,7 +35,7 @@ run_tests() {
   return "$rc"
 }
 
-# stage NAME LIMIT_SECONDS FOLDERS...: the tests of those folders that exist.
+# stage NAME LIMIT_SECONDS FOLDER
 stage() {
   local name=$1 limit=$2 folder=$3
   step "$name: $folder"
