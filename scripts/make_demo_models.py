@@ -1,8 +1,13 @@
-"""Write the demo pair DIR/target and DIR/draft: the shipped weights, newly trained ones, or random ones.
+"""Write the demo pair DIR/target and DIR/draft: the shipped weights (as they are or grown), newly trained
+or random ones.
 
     make_demo_models.py --out DIR                      expand the shipped weights (seconds, offline)
     make_demo_models.py --out DIR --train              train them anew first, into scripts/demo/weights
     make_demo_models.py --out DIR --report             also measure the pair; figures to DIR/report.json
+    make_demo_models.py --out DIR --grow --dtype bfloat16 \
+--target-shape layers=28,hidden=768,intermediate=2048,heads=12,kv_heads=6 \
+--draft-shape layers=2,hidden=1024,intermediate=2816,heads=16,kv_heads=8
+                                                   the shipped pair at the cost of larger models
     make_demo_models.py --out DIR --random --target-shape layers=16,hidden=1024,intermediate=2816,heads=16,\
 kv_heads=4 --draft-shape layers=2,hidden=512,intermediate=1408,heads=8,kv_heads=4 --agreement 0.8
 """
@@ -15,6 +20,7 @@ from pathlib import Path
 
 import torch
 from demo.evaluate import evaluate
+from demo.grown import write_grown
 from demo.nested import find_epsilon, parse_shape, write_random
 from demo.recipe import train_pair
 from demo.shipped import WEIGHTS, load_model, load_tokenizer, write_models
@@ -33,8 +39,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train", action="store_true", help="train the weights anew and pack them")
     parser.add_argument("--work", type=Path, default=Path("demo_training"), help="folder for checkpoints")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of the packed weights")
-    random = parser.add_argument_group("random pairs, for speed runs")
-    random.add_argument("--random", action="store_true", help="write random nested weights")
+    random = parser.add_argument_group("pairs of any Llama shape, for speed runs")
+    kind = random.add_mutually_exclusive_group()
+    kind.add_argument("--random", action="store_true", help="write random nested weights")
+    kind.add_argument("--grow", action="store_true", help="write the shipped weights inside larger shapes")
     random.add_argument("--target-shape", default="layers=12", help="for example layers=32,hidden=4096,...")
     random.add_argument("--draft-shape", default="layers=2")
     random.add_argument("--agreement", type=float, default=0.8, help="share of equal greedy tokens")
@@ -60,6 +68,10 @@ def main() -> None:
     options = parse_arguments()
     if options.random:
         write_random_pair(options)
+        return
+    if options.grow:
+        for name, shape in (("target", options.target_shape), ("draft", options.draft_shape)):
+            write_grown(options.out / name, name, parse_shape(shape), options.seed, DTYPES[options.dtype])
         return
     if options.train:
         train_pair(options.seed, options.work, options.weights)

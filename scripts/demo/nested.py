@@ -58,7 +58,7 @@ def _random(seed: int, name: str, rows: int, columns: int, std: float) -> Tensor
     return torch.randn(rows, columns, generator=generator) * std
 
 
-def _random_layer(config: LlamaConfig, seed: int, layer: int) -> dict[str, Tensor]:
+def random_layer(config: LlamaConfig, seed: int, layer: int) -> dict[str, Tensor]:
     """Return a layer's matrices by short name."""
     width, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
     heads, groups = config.num_attention_heads * dim, config.num_key_value_heads * dim
@@ -95,7 +95,7 @@ def _head_slots(draft: LlamaConfig, target: LlamaConfig) -> tuple[list[int], lis
     return slots, [(group, group // copies) for group in range(copies * draft.num_key_value_heads)]
 
 
-def _nest(
+def nest_layer(
     big: dict[str, Tensor], small: dict[str, Tensor], draft: LlamaConfig, target: LlamaConfig, epsilon: float
 ) -> None:
     """Put the draft's layer into the target's, in place, and scale by epsilon what the target adds."""
@@ -124,7 +124,7 @@ def _nest(
     big["mlp.down_proj"][:width, : draft.intermediate_size] = small["mlp.down_proj"]
 
 
-def _widen(matrix: Tensor, width: int) -> Tensor:
+def widen(matrix: Tensor, width: int) -> Tensor:
     """Return the matrix with columns of zeros added up to this width."""
     return torch.nn.functional.pad(matrix, (0, width - matrix.shape[1]))
 
@@ -151,14 +151,14 @@ def random_weights(
     embedding = _random(seed, "embedding", inner.vocab_size, inner.hidden_size, 1.0)
     head = _random(seed, "head", inner.vocab_size, inner.hidden_size, 1 / math.sqrt(inner.hidden_size))
     yield {
-        "model.embed_tokens.weight": _widen(embedding, width),
-        "lm_head.weight": _widen(head, width),
+        "model.embed_tokens.weight": widen(embedding, width),
+        "lm_head.weight": widen(head, width),
         "model.norm.weight": norm.clone(),
     }
     for layer in range(config.num_hidden_layers):
-        matrices = _random_layer(config, seed if draft is None else seed + 1, layer)
+        matrices = random_layer(config, seed if draft is None else seed + 1, layer)
         if draft is not None and layer < draft.num_hidden_layers:
-            _nest(matrices, _random_layer(draft, seed, layer), draft, config, epsilon)
+            nest_layer(matrices, random_layer(draft, seed, layer), draft, config, epsilon)
         elif draft is not None:
             matrices["self_attn.o_proj"] *= epsilon
             matrices["mlp.down_proj"] *= epsilon
@@ -215,15 +215,22 @@ def write_random(
     epsilon: float = 1.0,
 ) -> None:
     """Write a random model in Hugging Face format, with the demo tokenizer, one layer in memory at a time."""
+    write_parts(out, config, dtype, random_weights(config, seed, draft, epsilon))
+
+
+def write_parts(
+    out: Path, config: LlamaConfig, dtype: torch.dtype, parts: Iterator[dict[str, Tensor]]
+) -> None:
+    """Write a model that comes in parts, one for each layer and one for the rest, with the demo tokenizer."""
     out.mkdir(parents=True, exist_ok=True)
     config.dtype = dtype
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(out)
     load_tokenizer().save_pretrained(out)
-    parts = config.num_hidden_layers + 1
+    count = config.num_hidden_layers + 1
     index: dict[str, str] = {}
-    for number, part in enumerate(random_weights(config, seed, draft, epsilon), start=1):
-        name = f"model-{number:05d}-of-{parts:05d}.safetensors"
+    for number, part in enumerate(parts, start=1):
+        name = f"model-{number:05d}-of-{count:05d}.safetensors"
         tensors = {key: value.to(dtype) for key, value in part.items()}
         save_file(tensors, out / name, metadata={"format": "pt"})
         index |= dict.fromkeys(part, name)

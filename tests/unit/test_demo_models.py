@@ -16,6 +16,7 @@ sys.path.insert(0, str(SCRIPTS))
 import make_demo_models  # noqa: E402
 from demo.evaluate import context_share, draft_ranks, has_loop  # noqa: E402
 from demo.greedy import greedy  # noqa: E402
+from demo.grown import grown_config  # noqa: E402
 from demo.nested import agreement, find_epsilon, parse_shape, random_model  # noqa: E402
 from demo.packing import dequantise, pack, quantise, unpack  # noqa: E402
 from demo.prompts import demo_prompts  # noqa: E402
@@ -140,3 +141,24 @@ def test_random_pair_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     outputs = greedy(target, [[5, 6, 7], [8, 6, 7]], 64)
     assert outputs[0] != outputs[1]
     assert min(len(set(output)) for output in outputs) > 20
+
+
+def test_grown_pair_computes_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompts: list[list[int]]
+) -> None:
+    shapes = ["--target-shape", "layers=29,hidden=192,intermediate=384,heads=4,kv_heads=2,head_dim=64"]
+    shapes += ["--draft-shape", "layers=2,hidden=256,intermediate=400,heads=4,kv_heads=2"]
+    monkeypatch.setattr(sys, "argv", ["make_demo_models.py", "--out", str(tmp_path), "--grow", *shapes])
+    make_demo_models.main()
+    tokens = torch.tensor([prompts[0][:20]])
+    for name in ("target", "draft"):
+        grown = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        shipped = load_model(name)
+        assert grown.num_parameters() > shipped.num_parameters()
+        with torch.inference_mode():
+            torch.testing.assert_close(grown(tokens).logits, shipped(tokens).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_a_pair_does_not_grow_smaller() -> None:
+    with pytest.raises(ValueError, match="no smaller"):
+        grown_config(load_model("draft").config, parse_shape("layers=1"))
