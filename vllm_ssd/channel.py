@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import zmq
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 HIGH_WATER_MARK = 4096  # messages; a draft that far behind is as good as gone
 
 
@@ -36,12 +36,22 @@ class Configure(msgspec.Struct, frozen=True, kw_only=True):
     enforce_eager: bool  # as the target: no torch.compile
 
 
+class Sampling(msgspec.Struct, frozen=True, array_like=True):
+    """How the target samples a request, as far as its draft can do the same."""
+
+    temperature: float = 0.0  # 0: greedy, the rest is then of no account
+    seed: int = 0  # of the noise that both share, see `vllm_ssd.noise`
+    top_k: int = 0  # 0: all tokens
+    top_p: float = 1.0
+
+
 class Start(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """A request takes a slot; `tokens` are its int32 token ids so far, little-endian."""
 
     slot: int
     epoch: int
     tokens: bytes
+    sampling: Sampling = Sampling()
 
 
 class RoundOutcome(msgspec.Struct, frozen=True, array_like=True):

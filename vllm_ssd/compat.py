@@ -6,7 +6,7 @@ replaces by name first, so that a rename upstream fails loudly here and nowhere 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -205,6 +205,56 @@ def no_stock_drafter(speculative_config: Any, drafter: object) -> Iterator[None]
     finally:
         speculative_config.method = method
         gpu_model_runner.create_custom_proposer = stock
+
+
+@contextmanager
+def sampling_replaced(
+    sampler: Any,
+    draw: Callable[[torch.Tensor], torch.Tensor],
+    verify: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], list[list[int]]],
+) -> Iterator[None]:
+    """Draw and verify otherwise in vLLM's V1 samplers, which leave all else (constraints, logprobs) as it is.
+
+    Why: the V1 runner's noise comes from one stream a request, so what is drawn depends on the drafts; the
+    samplers take no noise of ours. Goes with the V1 runner, whose successor keys its noise.
+
+    Args:
+        sampler: the runner's `Sampler`.
+        draw: constrained logits [B, V] -> tokens [B].
+        verify: draft tokens [N], their constrained logits [N, V], bonus tokens [B] -> new tokens of each row.
+    """
+    from vllm.v1.sample import rejection_sampler
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+
+    def sample(logits: torch.Tensor, generators: Any, k: Any, p: Any) -> tuple[torch.Tensor, Any]:
+        logits = apply_top_k_top_p(logits, k, p)
+        shown = {"processed_logits": logits, "processed_logprobs": logits.log_softmax(dim=-1)}
+        return draw(logits), shown.get(stage.logprobs_mode)
+
+    def rejection_sample(
+        draft_token_ids: torch.Tensor,  # [N]
+        num_draft_tokens: list[int],
+        max_spec_len: int,
+        cu_num_draft_tokens: torch.Tensor,
+        draft_probs: Any,
+        target_logits: torch.Tensor,  # [N, V]
+        bonus_token_ids: torch.Tensor,  # [B, 1]
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """[B, max_spec_len + 1], filled up with vLLM's placeholder."""
+        empty = rejection_sampler.PLACEHOLDER_TOKEN_ID
+        rows = verify(draft_token_ids, target_logits, bonus_token_ids.flatten())
+        padded = [row + [empty] * (max_spec_len + 1 - len(row)) for row in rows]
+        return torch.tensor(padded, dtype=torch.int32, device=target_logits.device)
+
+    stage = sampler.topk_topp_sampler
+    stock_sample, stock_rejection = stage.forward, rejection_sampler.rejection_sample
+    stage.forward, rejection_sampler.rejection_sample = sample, rejection_sample
+    try:
+        yield
+    finally:
+        stage.forward, rejection_sampler.rejection_sample = stock_sample, stock_rejection
 
 
 def kv_cache_config(vllm_config: Any, specs: dict[str, Any], memory_bytes: int) -> Any:

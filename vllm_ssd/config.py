@@ -49,6 +49,10 @@ class SSDSpeculativeConfig(SpeculativeConfig):
     ssd_max_rows: int = Field(default=24, ge=1, le=65536)
     """Rows of one draft step over all requests. More requests than fit share it, each with fewer branches;
     so a draft round keeps fitting inside one verification."""
+    ssd_verify: Literal["coupled", "ratio"] = "coupled"
+    """How sampled requests (temperature > 0) are verified; both ways are exact. coupled: draft and target
+    share keyed noise, so that the draft foresees what is sampled, and a seeded request has the same tokens
+    whatever the draft does. ratio: vLLM's own rejection sampling, of greedy drafts."""
     ssd_fallback: Literal["none", "ngram"] = "none"
     """Drafts of a row whose outcome was not foreseen: none (one exact autoregressive step), or n-gram."""
     ssd_draft_cores: str | None = None

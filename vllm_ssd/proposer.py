@@ -14,12 +14,13 @@ from typing import Protocol
 
 import numpy as np
 
-from vllm_ssd.channel import Outcomes, RoundOutcome, Start, Stop, ToDraft
+from vllm_ssd.channel import Outcomes, RoundOutcome, Sampling, Start, Stop, ToDraft
 from vllm_ssd.counters import Counters
 from vllm_ssd.fallback import Fallback
 from vllm_ssd.outcome import Outcome, OutcomeCache
 
 POLL_S = 50e-6
+GREEDY = Sampling()
 
 
 class DraftLink(Protocol):
@@ -44,6 +45,7 @@ class LiveRequest:
     """A request that the target is working on."""
 
     slot: int
+    sampling: Sampling
     epoch: int = 0
     round: int = 0
 
@@ -81,9 +83,12 @@ class Proposer:
         self._free_slots = list(range(max_slots - 1, -1, -1))
         self._last_epoch = 0
 
-    def start(self, request_id: str, tokens: list[int]) -> None:
-        """A request enters the batch, for the first time or after a preemption, with its tokens so far."""
-        request = self._live[request_id] = LiveRequest(self._free_slots.pop())
+    def start(self, request_id: str, tokens: list[int], sampling: Sampling = GREEDY) -> None:
+        """A request enters the batch, for the first time or after a preemption, with its tokens so far.
+
+        Its drafts are those tokens that the target will most likely take when it samples as `sampling` says.
+        """
+        request = self._live[request_id] = LiveRequest(self._free_slots.pop(), sampling)
         if self._link.cache is not None:
             self._introduce(request, tokens)
 
@@ -177,4 +182,5 @@ class Proposer:
     def _introduce(self, request: LiveRequest, tokens: list[int]) -> None:
         self._last_epoch += 1
         request.epoch, request.round = self._last_epoch, 0
-        self._link.send(Start(request.slot, request.epoch, np.array(tokens, dtype="<i4").tobytes()))
+        packed = np.array(tokens, dtype="<i4").tobytes()
+        self._link.send(Start(request.slot, request.epoch, packed, request.sampling))

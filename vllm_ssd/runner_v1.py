@@ -7,11 +7,16 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
+from vllm.sampling_params import SamplingType
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import SamplerOutput
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_ssd import compat
-from vllm_ssd.proposer import Proposer
+from vllm_ssd.channel import Sampling
+from vllm_ssd.coupled import Places, coupled_sampling
+from vllm_ssd.proposer import GREEDY, Proposer
 
 
 class NoDrafter:
@@ -25,10 +30,12 @@ class SSDModelRunner(CPUModelRunner):
     """vLLM's runner, with the proposer told of requests and asked for drafts."""
 
     proposer: Proposer
+    is_coupled: bool
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         with compat.no_stock_drafter(vllm_config.speculative_config, NoDrafter()):
             super().__init__(vllm_config, device)
+        self._seeds: dict[str, int] = {}  # of the requests that are sampled
 
     def token_history(self, request_id: str) -> list[int]:
         """The request's tokens so far, prompt and output."""
@@ -37,15 +44,64 @@ class SSDModelRunner(CPUModelRunner):
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Callable[..., Any] | None:
         corrections = super()._update_states(scheduler_output)
-        gone = scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
-        for request_id in gone:
+        for request_id in scheduler_output.preempted_req_ids or ():
             self.proposer.stop(request_id)
+        for request_id in scheduler_output.finished_req_ids:
+            self.proposer.stop(request_id)
+            self._seeds.pop(request_id, None)
         resumed = scheduler_output.scheduled_cached_reqs.resumed_req_ids
         for request_id in [*(new.req_id for new in scheduler_output.scheduled_new_reqs), *resumed]:
             self.proposer.stop(request_id)  # a streaming request comes again with more prompt
             if self.requests[request_id].prompt_token_ids is not None:  # not given as embeddings
-                self.proposer.start(request_id, self.token_history(request_id))
+                self.proposer.start(request_id, self.token_history(request_id), self._sampling(request_id))
+        if self.is_coupled:
+            # Noise of ours needs none, and vLLM rewinds them after a chunk of a prompt, which generators on the
+            # CPU cannot do: a seeded request with a long prompt ended the engine (vLLM 0.32, no speculation needed).
+            self.input_batch.generators.clear()
         return corrections
+
+    def _sampling(self, request_id: str) -> Sampling:
+        """How the draft is to sample: as the target where verification is coupled, else greedily."""
+        params = self.requests[request_id].sampling_params
+        if not self.is_coupled or params is None or params.sampling_type == SamplingType.GREEDY:
+            return GREEDY
+        return Sampling(params.temperature, self._seed(request_id), max(params.top_k, 0), params.top_p)
+
+    def _seed(self, request_id: str) -> int:
+        """The request's own seed, or one of the engine's."""
+        params = self.requests[request_id].sampling_params
+        if params is not None and params.seed is not None:
+            return params.seed
+        if request_id not in self._seeds:
+            self._seeds[request_id] = int(torch.randint(2**63 - 1, ()))
+        return self._seeds[request_id]
+
+    def _sample(
+        self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None
+    ) -> SamplerOutput:
+        if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
+            # Nothing to verify. The rejection sampler would apply top-k to no rows, on which torch's max raises:
+            # a single request with top_k ended the engine (vLLM 0.32, any method of speculation).
+            spec_decode_metadata = None
+        if not self.is_coupled or self.input_batch.sampling_metadata.all_greedy:
+            return super()._sample(logits, spec_decode_metadata)
+        with coupled_sampling(self.sampler, self._places(spec_decode_metadata)):
+            return super()._sample(logits, spec_decode_metadata)
+
+    def _places(self, spec_decode_metadata: SpecDecodeMetadata | None) -> Places:
+        """Where each row of the batch samples."""
+        batch = self.input_batch
+        num_drafts = [0] * batch.num_reqs
+        if spec_decode_metadata is not None:
+            num_drafts = spec_decode_metadata.num_draft_tokens
+        temperature = batch.sampling_metadata.temperature
+        assert temperature is not None
+        return Places(
+            torch.tensor([self._seed(request_id) for request_id in batch.req_ids]),
+            torch.tensor(batch.num_tokens_no_spec[: batch.num_reqs], dtype=torch.int64) - 1,
+            torch.tensor(num_drafts),
+            temperature == 0,
+        )
 
     def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
         # The draft minds its own length, row by row; for the whole batch vLLM would schedule zeros as drafts.

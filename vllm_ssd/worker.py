@@ -62,6 +62,7 @@ class SSDWorker(CPUWorker):
             self._counters,
             ssd.ssd_wait_ms / 1000,
         )
+        runner.is_coupled = ssd.ssd_verify == "coupled"
 
     def determine_available_memory(self) -> int:
         """Size the target's KV cache once the draft has taken its memory."""

@@ -141,20 +141,27 @@ def model(small_vocabulary_pair: tuple[Path, Path]) -> LlamaForCausalLM:
     return LlamaForCausalLM.from_pretrained(small_vocabulary_pair[0], dtype=torch.float32).eval()
 
 
-def engine(engines: Engines, pair: tuple[Path, Path], fallback: str) -> Any:
+def engine(engines: Engines, pair: tuple[Path, Path], verify: str, fallback: str = "none") -> Any:
     """Few branches for each request of a full batch, so that hits and misses mix."""
-    speculative = ssd(pair[1], K, ssd_fallback=fallback, ssd_branch_budget=12, ssd_max_rows=96)
+    options = {"ssd_verify": verify, "ssd_fallback": fallback}
+    speculative = ssd(pair[1], K, ssd_branch_budget=12, ssd_max_rows=96, **options)
     llm = engines.get(pair[0], speculative, max_num_seqs=12, max_model_len=128)
     in_worker(llm, give_draft_time)
     return llm
 
 
-@pytest.mark.parametrize("fallback", ["ngram", "none"])
+@pytest.mark.parametrize(
+    ("verify", "fallback"), [("ratio", "ngram"), ("coupled", "ngram"), ("ratio", "none")]
+)
 def test_exact(
-    engines: Engines, small_vocabulary_pair: tuple[Path, Path], model: LlamaForCausalLM, fallback: str
+    engines: Engines,
+    small_vocabulary_pair: tuple[Path, Path],
+    model: LlamaForCausalLM,
+    verify: str,
+    fallback: str,
 ) -> None:
     """Rows of two temperatures in each batch."""
-    llm = engine(engines, small_vocabulary_pair, fallback)
+    llm = engine(engines, small_vocabulary_pair, verify, fallback)
     before = stats(llm)
     laws = [Law(model, 0.7), Law(model, 1.3)]
     assert_exact(lambda: sample(llm, laws, 2000), laws)
@@ -165,10 +172,11 @@ def test_exact(
     assert new[f"fallback_{fallback}"] > 100
 
 
+@pytest.mark.parametrize("verify", ["ratio", "coupled"])
 def test_exact_with_top_k_and_top_p(
-    engines: Engines, small_vocabulary_pair: tuple[Path, Path], model: LlamaForCausalLM
+    engines: Engines, small_vocabulary_pair: tuple[Path, Path], model: LlamaForCausalLM, verify: str
 ) -> None:
-    llm = engine(engines, small_vocabulary_pair, "none")
+    llm = engine(engines, small_vocabulary_pair, verify)
     laws = [Law(model, 1.0, top_k=3), Law(model, 1.0, top_p=0.8), Law(model, 1.3, 5, 0.9), Law(model, 0.7)]
     assert_exact(lambda: sample(llm, laws, 600), laws)
 
@@ -177,7 +185,7 @@ def test_a_wrong_law_is_rejected(
     engines: Engines, small_vocabulary_pair: tuple[Path, Path], model: LlamaForCausalLM
 ) -> None:
     """The tests above have the power to fail."""
-    llm = engine(engines, small_vocabulary_pair, "none")
+    llm = engine(engines, small_vocabulary_pair, "coupled")
     (samples,) = sample(llm, [Law(model, 1.0)], 1000)
     for wrong in (Law(model, 0.7), Law(model, 1.3), Law(model, 1.0, top_k=4), Law(model, 1.0, top_p=0.8)):
         assert p_of_first_tokens(samples, wrong) < CERTAIN
@@ -194,7 +202,7 @@ def test_the_stock_fault_shows(
     """With vLLM's own expansion of sampling parameters (compat.mend_cpu_sampling undone) the law is wrong."""
     from vllm.v1.sample import rejection_sampler
 
-    llm = engine(engines, small_vocabulary_pair, "none")
+    llm = engine(engines, small_vocabulary_pair, "ratio")
     override = rejection_sampler.expand_kernel
     monkeypatch.setattr(override, "_impl", override._impl._vllm_ssd)
     laws = [Law(model, 0.7), Law(model, 1.3)]

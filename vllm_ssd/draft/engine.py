@@ -19,6 +19,7 @@ from vllm.model_executor.model_loader import get_model
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.utils import resolve_kv_cache_layout
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.worker.gpu.attn_utils import (
     build_attn_metadata,
     build_slot_mappings_by_layer,
@@ -30,7 +31,8 @@ from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
 
 from vllm_ssd.channel import Configure
 from vllm_ssd.compat import kv_cache_config, supported_kv_cache_layouts
-from vllm_ssd.draft.rows import Candidates, Rows
+from vllm_ssd.draft.rows import Candidates, Rows, RowSampling
+from vllm_ssd.noise import gumbel
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -126,8 +128,10 @@ class DraftEngine:
             hidden = self.model(input_ids=self._to_device(rows.tokens), positions=positions)
         if len(rows.wanted) < num_tokens:
             hidden = hidden[self._to_device(rows.wanted)]
-        log_probs = self.model.compute_logits(hidden).float().log_softmax(dim=-1)
-        top = torch.topk(log_probs, num_candidates, dim=-1)
+        logits = self.model.compute_logits(hidden).float()
+        if rows.sampling is not None:
+            logits = self._with_noise(logits, rows.sampling, rows.positions[rows.wanted])
+        top = torch.topk(logits.log_softmax(dim=-1), num_candidates, dim=-1)
         return Candidates(top.indices.cpu().numpy(), top.values.cpu().numpy())
 
     @torch.inference_mode()
@@ -136,6 +140,20 @@ class DraftEngine:
         source_index, target_index = self._to_device(sources), self._to_device(targets)
         for cache in self.kv_caches:
             cache.index_copy_(0, target_index, cache.index_select(0, source_index))
+
+    def _with_noise(self, logits: torch.Tensor, sampling: RowSampling, positions: Int64Array) -> torch.Tensor:
+        """[L, V] as the target will sample them: the largest is the token it takes if it agrees."""
+        temperatures = self._to_device(sampling.temperatures)[:, None]
+        is_greedy = temperatures == 0
+        logits = logits / temperatures.masked_fill(is_greedy, 1.0)
+        top_k = np.where(sampling.top_k > 0, sampling.top_k, self.vocab_size)
+        logits = apply_top_k_top_p(
+            logits,
+            self._to_device(top_k) if sampling.top_k.any() else None,
+            self._to_device(sampling.top_p) if (sampling.top_p < 1).any() else None,
+        )
+        noise = gumbel(self._to_device(sampling.seeds), self._to_device(positions), logits.shape[-1])
+        return logits + noise.masked_fill_(is_greedy, 0.0)
 
     def _to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from vllm_ssd.channel import RoundOutcome
+from vllm_ssd.channel import RoundOutcome, Sampling
 from vllm_ssd.draft.blocks import BlockPool
 from vllm_ssd.draft.branches import BranchGroup, private_block_count
 from vllm_ssd.draft.rows import Candidates
@@ -39,6 +39,7 @@ class DraftRequest:
         pool: where its KV blocks come from.
         num_speculative_tokens: K.
         max_model_len: the draft's; a request beyond it gets no branches.
+        sampling: how the target samples it, where the draft is to do the same.
     """
 
     def __init__(
@@ -49,9 +50,11 @@ class DraftRequest:
         pool: BlockPool,
         num_speculative_tokens: int,
         max_model_len: int,
+        sampling: Sampling = Sampling(),  # noqa: B008  (immutable)
     ) -> None:
         self.slot = slot
         self.epoch = epoch
+        self.sampling = sampling
         self.round = 0
         self.tokens = tokens
         self.num_confirmed = len(tokens)

@@ -13,6 +13,16 @@ Float32Array = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
+class RowSampling:
+    """How each of L wanted positions is sampled; see `vllm_ssd.channel.Sampling`."""
+
+    temperatures: Float32Array  # [L], 0: greedy
+    seeds: Int64Array  # [L]
+    top_k: Int32Array  # [L], 0: all tokens
+    top_p: Float32Array  # [L]
+
+
+@dataclass(frozen=True)
 class Rows:
     """A ragged batch: R rows, N tokens in all, L positions whose next token is wanted."""
 
@@ -21,11 +31,12 @@ class Rows:
     query_lens: Int32Array  # [R], tokens of each row in this step; they sum to N
     block_tables: Int32Array  # [R, max_blocks], the blocks that hold each row's KV
     wanted: Int64Array  # [L], indices into the N tokens
+    sampling: RowSampling | None = None  # None: all greedy
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The likeliest next tokens at L positions, most likely first."""
+    """The likeliest next tokens at L positions, most likely first; where sampled, with the noise added."""
 
     tokens: Int64Array  # [L, num_candidates]
     log_probs: Float32Array  # [L, num_candidates], natural logarithms

@@ -15,12 +15,23 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from vllm_ssd.channel import Channel, Configure, Outcomes, Reset, RoundOutcome, Shutdown, Start, Stop, ToDraft
+from vllm_ssd.channel import (
+    Channel,
+    Configure,
+    Outcomes,
+    Reset,
+    RoundOutcome,
+    Sampling,
+    Shutdown,
+    Start,
+    Stop,
+    ToDraft,
+)
 from vllm_ssd.counters import Counters
 from vllm_ssd.draft.blocks import BlockPool
 from vllm_ssd.draft.branches import BranchGroup
 from vllm_ssd.draft.requests import BlockCopies, DraftRequest
-from vllm_ssd.draft.rows import Candidates, Rows
+from vllm_ssd.draft.rows import Candidates, Rows, RowSampling
 from vllm_ssd.fanout import global_fanout, listed_fanout, scale_fanout, uniform_fanout
 from vllm_ssd.outcome import OutcomeCache
 
@@ -127,7 +138,13 @@ class DraftServer:
             self._stop(message.slot)
         tokens = np.frombuffer(message.tokens, dtype="<i4").tolist()
         self._requests[message.slot] = DraftRequest(
-            message.slot, message.epoch, tokens, self._pool, self._num_drafts, self._engine.max_model_len
+            message.slot,
+            message.epoch,
+            tokens,
+            self._pool,
+            self._num_drafts,
+            self._engine.max_model_len,
+            message.sampling,
         )
 
     def _stop(self, slot: int) -> None:
@@ -248,6 +265,7 @@ def _wanted_lengths(row: TrunkRow) -> range:
 
 def _build_rows(trunk_rows: list[TrunkRow], groups: list[tuple[DraftRequest, BranchGroup]]) -> Rows:
     tokens, positions, query_lens, tables, wanted = [], [], [], [], []
+    sampling: list[Sampling] = []
     num_tokens = 0
     for row in trunk_rows:
         begin, end = row.request.num_computed, row.request.num_computed + row.num_tokens
@@ -257,12 +275,14 @@ def _build_rows(trunk_rows: list[TrunkRow], groups: list[tuple[DraftRequest, Bra
         tables.append(row.request.block_table()[None, :])
         num_tokens += row.num_tokens
         wanted.append(np.arange(num_tokens - len(_wanted_lengths(row)), num_tokens))
-    for _, group in groups:
+        sampling += [row.request.sampling] * len(wanted[-1])
+    for request, group in groups:
         tokens.append(group.next_tokens)
         positions.append(group.next_positions)
         query_lens.append(np.ones(len(group), dtype=np.int32))
         tables.append(group.block_tables)
         wanted.append(np.arange(num_tokens, num_tokens + len(group)))
+        sampling += [request.sampling] * len(group)
         num_tokens += len(group)
     return Rows(
         np.concatenate(tokens),
@@ -270,4 +290,14 @@ def _build_rows(trunk_rows: list[TrunkRow], groups: list[tuple[DraftRequest, Bra
         np.concatenate(query_lens),
         np.concatenate(tables),
         np.concatenate(wanted),
+        _sampling_of_rows(sampling) if any(how.temperature for how in sampling) else None,
+    )
+
+
+def _sampling_of_rows(sampling: list[Sampling]) -> RowSampling:
+    return RowSampling(
+        np.array([how.temperature for how in sampling], dtype=np.float32),
+        np.array([how.seed for how in sampling], dtype=np.int64),
+        np.array([how.top_k for how in sampling], dtype=np.int32),
+        np.array([how.top_p for how in sampling], dtype=np.float32),
     )

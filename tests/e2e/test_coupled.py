@@ -1,0 +1,114 @@
+"""Coupled verification: a seeded request's tokens are the target's and its seed's alone."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import Engines, generate, give_draft_time, in_worker, metric, ssd, stats
+
+pytestmark = pytest.mark.timeout(240)
+
+NUM_PROMPTS, NUM_TOKENS = 40, 24
+
+
+def prompts() -> list[list[int]]:
+    rng = random.Random(31)
+    return [[rng.randrange(2, 512) for _ in range(rng.randint(1, 70))] for _ in range(NUM_PROMPTS)]
+
+
+def params() -> list[Any]:
+    """Seeded requests of every kind, and greedy ones between them."""
+    from vllm import SamplingParams
+
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.6},
+        {"temperature": 1.4, "top_k": 40},
+        {"top_p": 0.8},
+        {"temperature": 0.0},
+        {"repetition_penalty": 1.2, "presence_penalty": 0.5},
+        {"bad_words": ["a"], "logprobs": 2},
+        {"min_tokens": 8, "stop_token_ids": list(range(2, 100))},
+    ]
+    return [
+        SamplingParams(
+            **{"temperature": 1.0, "max_tokens": NUM_TOKENS, "seed": 1000 + i, **kinds[i % len(kinds)]}
+        )
+        for i in range(NUM_PROMPTS)
+    ]
+
+
+@pytest.fixture(scope="module")
+def undrafted(engines: Engines, pair: tuple[Path, Path]) -> list[list[int]]:
+    """Every token sampled by itself: the draft is dead before the first request comes."""
+    llm = engines.get(pair[0], ssd(pair[1], 1, ssd_max_restarts=0))
+    os.kill(stats(llm)["draft"]["pid"], signal.SIGKILL)
+    tokens = generate(llm, prompts(), params())
+    assert stats(llm)["lookups"] == 0
+    return tokens
+
+
+@pytest.mark.parametrize(
+    ("num_drafts", "options", "engine_options"),
+    [
+        (1, {"ssd_branch_budget": 4}, {}),
+        (3, {"ssd_branch_budget": 24, "ssd_max_rows": 96}, {"max_num_batched_tokens": 64}),
+        (7, {"ssd_fallback": "ngram"}, {"max_num_seqs": 3}),
+    ],
+    ids=["1", "3", "7"],
+)
+def test_tokens_do_not_depend_on_speculation(
+    engines: Engines,
+    pair: tuple[Path, Path],
+    undrafted: list[list[int]],
+    num_drafts: int,
+    options: dict[str, Any],
+    engine_options: dict[str, Any],
+) -> None:
+    llm = engines.get(pair[0], ssd(pair[1], num_drafts, **options), **engine_options)
+    in_worker(llm, give_draft_time)
+    assert generate(llm, prompts(), params()) == undrafted
+    counted = stats(llm)
+    assert 0 < counted["hits"] < counted["lookups"]
+    assert metric(llm, "vllm:spec_decode_num_accepted_tokens") > 0
+    alone = [generate(llm, [prompt], one)[0] for prompt, one in zip(prompts()[:6], params(), strict=False)]
+    assert alone == undrafted[:6]
+
+
+def test_nor_on_preemption_or_a_killed_draft(
+    engines: Engines, pair: tuple[Path, Path], undrafted: list[list[int]]
+) -> None:
+    from vllm.inputs import TokensPrompt
+
+    few_blocks = {"num_gpu_blocks_override": 10, "block_size": 32, "max_model_len": 256}
+    llm = engines.get(pair[0], ssd(pair[1], 4), **few_blocks)
+    engine = llm.llm_engine
+    ids = [
+        engine.add_request(str(i), TokensPrompt(prompt_token_ids=prompt), one)
+        for i, (prompt, one) in enumerate(zip(prompts(), params(), strict=True))
+    ]
+    answers: dict[str, list[int]] = {}
+    steps = 0
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            if output.finished:
+                answers[output.request_id] = list(output.outputs[0].token_ids)
+        steps += 1
+        if steps == 20:
+            os.kill(stats(llm)["draft"]["pid"], signal.SIGKILL)
+    assert [answers[i.split("-")[0]] for i in ids] == undrafted
+    assert metric(llm, "vllm:num_preemptions") > 0
+
+
+def test_requests_without_a_seed_differ(engines: Engines, pair: tuple[Path, Path]) -> None:
+    from vllm import SamplingParams
+
+    llm = engines.get(pair[0], ssd(pair[1], 4))
+    free = SamplingParams(temperature=1.0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    outputs = generate(llm, [[5, 6, 7]] * 8, free) + generate(llm, [[5, 6, 7]] * 8, free)
+    assert len(set(map(tuple, outputs))) == len(outputs)

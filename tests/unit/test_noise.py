@@ -1,0 +1,65 @@
+"""The keyed noise: the V2 sampler's integers, Gumbel's law, and independence of places."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare, gumbel_r, kstest
+
+from vllm_ssd.noise import _hash, gumbel
+
+WORD = 0xFFFFFFFF
+
+
+def murmur3(words: list[int]) -> int:
+    """MurmurHash3 (x86, 32 bits, seed 0) of whole words, in Python's integers."""
+    state = 0
+    for word in words:
+        key = word * 0xCC9E2D51 & WORD
+        key = (key << 15 | key >> 17) & WORD
+        state ^= key * 0x1B873593 & WORD
+        state = (state << 13 | state >> 19) & WORD
+        state = (state * 5 + 0xE6546B64) & WORD
+    state ^= 4 * len(words)
+    state = (state ^ state >> 16) * 0x85EBCA6B & WORD
+    state = (state ^ state >> 13) * 0xC2B2AE35 & WORD
+    return state ^ state >> 16
+
+
+def test_integers_are_murmur3() -> None:
+    seeds, positions, vocab_size = [0, 1, -1, 2**63 - 1, 123456789012345], [0, 7, 100, 2**31, 5], 300
+    hashes = _hash(torch.tensor(seeds), torch.tensor(positions), vocab_size)
+    for row, seed, position in zip(hashes.tolist(), seeds, positions, strict=True):
+        assert row == [murmur3([seed & WORD, seed >> 32 & WORD, position, t]) for t in range(vocab_size)]
+
+
+def test_noise_is_gumbel() -> None:
+    seeds = torch.arange(400) * 1_000_003
+    noise = gumbel(seeds, torch.arange(400) % 7, 500)
+    assert noise.shape == (400, 500)
+    assert noise.isfinite().all()
+    assert kstest(noise.flatten().numpy(), gumbel_r.cdf).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("by", ["seed", "position"])
+def test_argmax_is_an_exact_sample(by: str) -> None:
+    count = 40_000
+    law = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.049, 0.001])
+    varied, fixed = torch.arange(count), torch.full((count,), 11)
+    noise = gumbel(varied, fixed, 6) if by == "seed" else gumbel(fixed, varied, 6)
+    samples = (law.log() + noise).argmax(dim=-1)
+    counts = np.bincount(samples, minlength=6)
+    assert chisquare(counts, count * law.double().numpy() / law.double().sum().item()).pvalue > 1e-4
+    pairs = np.bincount(samples[:-1] * 6 + samples[1:], minlength=36)  # neighbours are independent
+    expected = np.outer(counts, counts).ravel() / count
+    usual = expected > 5
+    assert chisquare(pairs[usual], expected[usual] * pairs[usual].sum() / expected[usual].sum()).pvalue > 1e-4
+
+
+def test_noise_depends_on_the_place_alone() -> None:
+    places = torch.tensor([3, 9, 4]), torch.tensor([5, 5, 6])
+    together = gumbel(*places, 50)
+    for i in range(3):
+        assert torch.equal(gumbel(places[0][i : i + 1], places[1][i : i + 1], 50)[0], together[i])
+    assert torch.equal(gumbel(*places, 30), together[:, :30])
