@@ -9,11 +9,15 @@ token's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+_STRETCH = 8  # positions
+_REMEMBERED_BYTES = 64 << 20
+_LEAST_REMEMBERED = 16  # stretches, whatever the vocabulary
 _MASK = 0xFFFFFFFF
 _LEAST = 2.0**-24  # of 1 - u, as in the V2 sampler
 
@@ -30,6 +34,34 @@ def gumbel(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     """
     uniform = _uniform(_hash(seeds, positions, vocab_size))
     return -torch.log(-torch.log1p(-uniform.clamp_(max=1.0 - _LEAST)))
+
+
+class RecentNoise:
+    """`gumbel` at places that are near to earlier ones, remembered: branches of a request meet the same ones.
+
+    Args:
+        vocab_size: tokens.
+        device: of the noise.
+    """
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+        most = _REMEMBERED_BYTES // (_STRETCH * vocab_size * 4)
+        self._remembered = lru_cache(maxsize=max(most, _LEAST_REMEMBERED))(self._stretch)
+
+    def __call__(self, seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """[n, vocab_size] float32; `seeds` and `positions` are [n]."""
+        rows = []
+        for seed, position in zip(seeds, positions, strict=True):
+            stretch, offset = divmod(position, _STRETCH)
+            rows.append(self._remembered(seed, stretch)[offset])
+        return torch.stack(rows)
+
+    def _stretch(self, seed: int, number: int) -> Tensor:
+        """Some positions at once, since single ones cost as much."""
+        positions = torch.arange(number * _STRETCH, (number + 1) * _STRETCH, device=self._device)
+        return gumbel(torch.full_like(positions, seed), positions, self._vocab_size)
 
 
 def _hash(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:

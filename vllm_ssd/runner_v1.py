@@ -55,7 +55,7 @@ class SSDModelRunner(CPUModelRunner):
             if self.requests[request_id].prompt_token_ids is not None:  # not given as embeddings
                 self.proposer.start(request_id, self.token_history(request_id), self._sampling(request_id))
         if self.is_coupled:
-            # Keyed noise needs none. vLLM rewinds them after a chunk of a prompt, which CPU generators cannot do:
+            # Keyed noise needs none. vLLM rewinds them after part of a prompt, which CPU generators cannot do:
             # a seeded request with a long prompt ended the engine (vLLM 0.32, even without speculation).
             self.input_batch.generators.clear()
         return corrections
@@ -80,8 +80,8 @@ class SSDModelRunner(CPUModelRunner):
         self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None
     ) -> SamplerOutput:
         if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
-            # Nothing to verify. The rejection sampler would apply top-k to no rows, where torch's max raises: a
-            # single request with top_k ended the engine (vLLM 0.32, any method of speculation).
+            # Nothing to verify. The rejection sampler would apply top-k to no rows, where torch's max raises:
+            # a single request with top_k ended the engine (vLLM 0.32, any method of speculation).
             spec_decode_metadata = None
         if not self.is_coupled or self.input_batch.sampling_metadata.all_greedy:
             return super()._sample(logits, spec_decode_metadata)

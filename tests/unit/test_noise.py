@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import chisquare, gumbel_r, kstest
 
-from vllm_ssd.noise import _hash, gumbel
+from vllm_ssd.noise import RecentNoise, _hash, gumbel
 
 WORD = 0xFFFFFFFF
 
@@ -63,3 +63,10 @@ def test_noise_depends_on_the_place_alone() -> None:
     for i in range(3):
         assert torch.equal(gumbel(places[0][i : i + 1], places[1][i : i + 1], 50)[0], together[i])
     assert torch.equal(gumbel(*places, 30), together[:, :30])
+
+
+def test_remembered_noise_is_the_same() -> None:
+    recent = RecentNoise(50, torch.device("cpu"))
+    seeds, positions = [3, 9, 3, 3], [5, 5, 6, 80]
+    for _ in range(2):
+        assert torch.equal(recent(seeds, positions), gumbel(torch.tensor(seeds), torch.tensor(positions), 50))

@@ -32,7 +32,7 @@ from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
 from vllm_ssd.channel import Configure
 from vllm_ssd.compat import kv_cache_config, supported_kv_cache_layouts
 from vllm_ssd.draft.rows import Candidates, Rows, RowSampling
-from vllm_ssd.noise import gumbel
+from vllm_ssd.noise import RecentNoise
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -70,6 +70,7 @@ class DraftEngine:
         self.num_blocks = self.kv_cache_config.num_blocks
         self.vocab_size = self.config.model_config.get_vocab_size()
         self.max_model_len = self.config.model_config.max_model_len
+        self._noise = RecentNoise(self.vocab_size, torch.device(self.device))
         self.kv_caches: list[torch.Tensor] = list(kv_caches.values())  # each [num_blocks, ...]
         for cache in self.kv_caches:
             if cache.shape[0] != self.num_blocks:
@@ -152,7 +153,7 @@ class DraftEngine:
             self._to_device(top_k) if sampling.top_k.any() else None,
             self._to_device(sampling.top_p) if (sampling.top_p < 1).any() else None,
         )
-        noise = gumbel(self._to_device(sampling.seeds), self._to_device(positions), logits.shape[-1])
+        noise = self._noise(sampling.seeds.tolist(), positions.tolist())
         return logits + noise.masked_fill_(is_greedy, 0.0)
 
     def _to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
