@@ -55,7 +55,7 @@ class SSDModelRunner(CPUModelRunner):
             if self.requests[request_id].prompt_token_ids is not None:  # not given as embeddings
                 self.proposer.start(request_id, self.token_history(request_id), self._sampling(request_id))
         if self.is_coupled:
-            # Keyed noise needs none. vLLM rewinds them after part of a prompt, which CPU generators cannot do:
+            # Keyed noise needs none. vLLM rewinds them after part of a prompt, which the CPU kind cannot do:
             # a seeded request with a long prompt ended the engine (vLLM 0.32, even without speculation).
             self.input_batch.generators.clear()
         return corrections
