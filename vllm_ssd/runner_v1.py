@@ -71,7 +71,7 @@ class SSDModelRunner(CPUModelRunner):
         """The request's own seed, or one of the engine's."""
         params = self.requests[request_id].sampling_params
         if params is not None and params.seed is not None:
-            return params.seed
+            return _wrapped_to_int64(params.seed)
         if request_id not in self._seeds:
             self._seeds[request_id] = int(torch.randint(2**63 - 1, ()))
         return self._seeds[request_id]
@@ -117,3 +117,8 @@ class SSDModelRunner(CPUModelRunner):
         """Drafts of each row of the batch, as `GPUModelRunner` (V1) expects them: ragged lists."""
         assert isinstance(sampled_token_ids, list)
         return self.proposer.propose(self.input_batch.req_ids, sampled_token_ids)
+
+
+def _wrapped_to_int64(seed: int) -> int:
+    """Python's generators take any integer as a seed, tensors do not."""
+    return (seed + 2**63) % 2**64 - 2**63

@@ -31,6 +31,7 @@ def params() -> list[Any]:
         {"temperature": 1.4, "top_k": 40},
         {"top_p": 0.8},
         {"temperature": 0.0},
+        {"top_k": 10**6, "seed": 2**64 - 1},
         {"repetition_penalty": 1.2, "presence_penalty": 0.5},
         {"bad_words": ["a"], "logprobs": 2},
         {"min_tokens": 8, "stop_token_ids": list(range(2, 100))},
@@ -75,6 +76,7 @@ def test_tokens_do_not_depend_on_speculation(
     assert generate(llm, prompts(), params()) == undrafted
     counted = stats(llm)
     assert 0 < counted["hits"] < counted["lookups"]
+    assert counted["draft_restarts"] == 0
     assert metric(llm, "vllm:spec_decode_num_accepted_tokens") > 0
     alone = [generate(llm, [prompt], one)[0] for prompt, one in zip(prompts()[:6], params(), strict=False)]
     assert alone == undrafted[:6]

@@ -147,7 +147,7 @@ class DraftEngine:
         temperatures = self._to_device(sampling.temperatures)[:, None]
         is_greedy = temperatures == 0
         logits = logits / temperatures.masked_fill(is_greedy, 1.0)
-        top_k = np.where(sampling.top_k > 0, sampling.top_k, self.vocab_size)
+        top_k = np.where(sampling.top_k > 0, sampling.top_k, self.vocab_size).clip(max=self.vocab_size)
         logits = apply_top_k_top_p(
             logits,
             self._to_device(top_k) if sampling.top_k.any() else None,
