@@ -227,9 +227,13 @@ def sampling_replaced(
     from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
     def sample(logits: torch.Tensor, generators: Any, k: Any, p: Any) -> tuple[torch.Tensor, Any]:
+        """[B] tokens, and what requests for logprobs see if they are to see what was sampled from."""
         logits = apply_top_k_top_p(logits, k, p)
-        shown = {"processed_logits": logits, "processed_logprobs": logits.log_softmax(dim=-1)}
-        return draw(logits), shown.get(stage.logprobs_mode)
+        if stage.logprobs_mode == "processed_logits":
+            return draw(logits), logits
+        if stage.logprobs_mode == "processed_logprobs":
+            return draw(logits), logits.log_softmax(dim=-1)
+        return draw(logits), None
 
     def rejection_sample(
         draft_token_ids: torch.Tensor,  # [N]

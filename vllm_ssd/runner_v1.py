@@ -54,10 +54,6 @@ class SSDModelRunner(CPUModelRunner):
             self.proposer.stop(request_id)  # a streaming request comes again with more prompt
             if self.requests[request_id].prompt_token_ids is not None:  # not given as embeddings
                 self.proposer.start(request_id, self.token_history(request_id), self._sampling(request_id))
-        if self.is_coupled:
-            # Keyed noise needs none. vLLM rewinds them after part of a prompt, which the CPU kind cannot do:
-            # a seeded request with a long prompt ended the engine (vLLM 0.32, even without speculation).
-            self.input_batch.generators.clear()
         return corrections
 
     def _sampling(self, request_id: str) -> Sampling:
@@ -87,6 +83,15 @@ class SSDModelRunner(CPUModelRunner):
             return super()._sample(logits, spec_decode_metadata)
         with coupled_sampling(self.sampler, self._places(spec_decode_metadata)):
             return super()._sample(logits, spec_decode_metadata)
+
+    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
+        # vLLM rewinds a request's generator after a part of its prompt, which the CPU kind cannot: a seeded
+        # request with a prompt in chunks ended the engine (vLLM 0.32, even without speculation).
+        generators, self.input_batch.generators = self.input_batch.generators, {}
+        try:
+            return super()._bookkeeping_sync(*args, **kwargs)
+        finally:
+            self.input_batch.generators = generators
 
     def _places(self, spec_decode_metadata: SpecDecodeMetadata | None) -> Places:
         """Where each row of the batch samples."""

@@ -114,3 +114,12 @@ def test_requests_without_a_seed_differ(engines: Engines, pair: tuple[Path, Path
     free = SamplingParams(temperature=1.0, max_tokens=NUM_TOKENS, ignore_eos=True)
     outputs = generate(llm, [[5, 6, 7]] * 8, free) + generate(llm, [[5, 6, 7]] * 8, free)
     assert len(set(map(tuple, outputs))) == len(outputs)
+
+
+def test_ratio_answers_the_same_requests(engines: Engines, pair: tuple[Path, Path]) -> None:
+    """Seeded ones with prompts in chunks, and ones with top_k alone, ended vLLM's engine."""
+    llm = engines.get(pair[0], ssd(pair[1], 3, ssd_verify="ratio"), max_num_batched_tokens=64)
+    asked = params()
+    answers = generate(llm, prompts(), asked)
+    answers += [generate(llm, [prompt], one)[0] for prompt, one in zip(prompts()[:6], asked, strict=False)]
+    assert all(answers)
