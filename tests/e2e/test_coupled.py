@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import random
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import Engines, generate, give_draft_time, in_worker, metric, ssd, stats
+from engines import Engines, generate, give_draft_time, in_worker, is_running, metric, ssd, stats
 
 pytestmark = pytest.mark.timeout(240)
 
 NUM_PROMPTS, NUM_TOKENS = 40, 24
+PATIENCE_S = 60.0  # for the end of a killed process
 
 
 def prompts() -> list[list[int]]:
@@ -48,7 +50,11 @@ def params() -> list[Any]:
 def undrafted(engines: Engines, pair: tuple[Path, Path]) -> list[list[int]]:
     """Every token sampled by itself: the draft is dead before the first request comes."""
     llm = engines.get(pair[0], ssd(pair[1], 1, ssd_max_restarts=0))
-    os.kill(stats(llm)["draft"]["pid"], signal.SIGKILL)
+    pid = stats(llm)["draft"]["pid"]
+    os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + PATIENCE_S
+    while is_running(pid) and time.monotonic() < deadline:  # it may take a moment to give its memory back
+        time.sleep(0.01)
     tokens = generate(llm, prompts(), params())
     assert stats(llm)["lookups"] == 0
     return tokens
