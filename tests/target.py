@@ -14,7 +14,7 @@ import pytest
 from toy import ToyEngine, rank_after
 from wire import configure
 
-from vllm_ssd.channel import Configure, Outcomes, RoundOutcome, Start, Stop
+from vllm_ssd.channel import Configure, Missed, MissedRow, Outcomes, RoundOutcome, Start, Stop
 from vllm_ssd.counters import DRAFT_FIELDS, Counters
 from vllm_ssd.draft.server import DraftServer, Engine
 from vllm_ssd.outcome import DEPTH, EPOCH, FIRST_DRAFT, ROUND, TOKEN, K, Outcome, OutcomeCache
@@ -91,6 +91,7 @@ class Live:
     tokens: list[int]
     drafts: list[int] = field(default_factory=list)
     round: int = 0
+    awaited: tuple[int, int] | None = None  # the outcome (k, token) that the target waits for
 
 
 class Target:
@@ -161,7 +162,7 @@ class Target:
                 likely = self.oracle.rank(prefix)
                 if k < len(request.drafts):
                     likely = likely[likely != request.drafts[k]]
-                assert token in likely[:count]
+                assert token in likely[:count] or (k, token) == request.awaited
                 assert drafts == self.continuation([*prefix, token], len(drafts))
 
     def continuation(self, tokens: list[int], count: int) -> list[int]:
@@ -170,6 +171,13 @@ class Target:
         for _ in range(count):
             chain.append(int(self.oracle.rank(chain)[0]))
         return chain[len(tokens) :]
+
+    def await_drafts(self, slot: int, k: int, token: int, num_drafts: int) -> None:
+        """The target missed this outcome and waits."""
+        request = self.live[slot]
+        request.awaited = k, token
+        tokens = [*request.drafts[:k], token]
+        self.server.handle(Missed([MissedRow(slot, request.epoch, request.round, tokens, num_drafts)]))
 
     def decide(
         self, slot: int, k: int, token: int, fallback: list[int] | None = None, steps_meanwhile: int = 0
@@ -190,6 +198,7 @@ class Target:
         request.tokens += tokens
         request.drafts = drafts
         request.round += 1
+        request.awaited = None
         self.server.handle(Outcomes([message]))
         return drafts
 
@@ -202,6 +211,10 @@ class Target:
         else:
             k = rng.randint(0, len(request.drafts))
             token = rng.randrange(self.setup.vocab)
+            if rng.random() < 0.3 and not any(branch[:2] == (k, token) for branch in branches):
+                self.await_drafts(slot, k, token, rng.randint(1, self.setup.num_drafts))
+                for _ in range(rng.randint(0, 4)):
+                    self.step()
         fallback = None
         if rng.random() < 0.4:
             fallback = [rng.randrange(self.setup.vocab) for _ in range(rng.randint(1, self.setup.num_drafts))]

@@ -14,6 +14,7 @@ DEFAULTS: dict[str, Any] = {
     "model": "",
     "engine_args": {},
     "cores": [0],
+    "vocab_size": 12,
     "num_speculative_tokens": 3,
     "fanout": "uniform",
     "branch_budget": 8,
@@ -22,6 +23,8 @@ DEFAULTS: dict[str, Any] = {
     "prefill_chunk": 16,
     "memory_bytes": 1 << 24,
     "enforce_eager": True,
+    "is_coupled": True,
+    "saguaro_c": 1.0,
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import zmq
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 HIGH_WATER_MARK = 4096  # messages; a draft that far behind is as good as gone
 
 
@@ -26,14 +26,17 @@ class Configure(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     engine_args: dict[str, Any]  # further vllm.EngineArgs fields: dtype, max_model_len, ...
     cores: list[int]  # CPU cores of the draft process
+    vocab_size: int
     num_speculative_tokens: int
-    fanout: list[int] | str  # branches per accepted length, or "global" or "uniform"
+    fanout: list[int] | str  # branches per accepted length, or "global", "geometric" or "uniform"
     branch_budget: int  # branches per request
     max_slots: int  # requests at once
     max_rows: int  # rows of one draft step, over all requests
     prefill_chunk: int  # prompt tokens of one draft step, over all requests
     memory_bytes: int  # KV cache
     enforce_eager: bool  # as the target: no torch.compile
+    is_coupled: bool  # sampled requests: drafts are what the target will draw, else drawn by themselves
+    saguaro_c: float  # weight of the likeliest tokens among drafts that are drawn by themselves
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
@@ -70,6 +73,22 @@ class Outcomes(msgspec.Struct, frozen=True, tag=True, array_like=True):
     rows: list[RoundOutcome]
 
 
+class MissedRow(msgspec.Struct, frozen=True, array_like=True):
+    """An outcome without a branch, for which the target now waits."""
+
+    slot: int
+    epoch: int
+    round: int
+    tokens: list[int]  # as in `RoundOutcome`, which follows
+    num_drafts: int  # what it waits for
+
+
+class Missed(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Make just-in-time drafts for these rows, before anything else."""
+
+    rows: list[MissedRow]
+
+
 class Stop(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """The request in this slot has finished, was aborted, or was preempted."""
 
@@ -100,7 +119,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True, array_like=True):
     reason: str
 
 
-ToDraft = Start | Outcomes | Stop | Reset | Shutdown
+ToDraft = Start | Missed | Outcomes | Stop | Reset | Shutdown
 ToTarget = Ready | Failed
 
 

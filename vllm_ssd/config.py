@@ -43,18 +43,22 @@ class SSDSpeculativeConfig(SpeculativeConfig):
     method: Literal["ssd"] | None = "ssd"  # type: ignore[assignment]
     ssd_branch_budget: int = Field(default=8, ge=1, le=4096)
     """Branches per request: outcomes of a verification that the draft speculates for."""
-    ssd_fanout: Literal["global", "uniform"] | list[int] = "global"
+    ssd_fanout: Literal["global", "geometric", "uniform"] | list[int] = "global"
     """How the budget is spent on the accepted lengths k = 0..K: on the outcomes that are likeliest this very
-    round, evenly, or as K + 1 numbers of your own."""
+    round, by the measured acceptance (Theorem 12), evenly, or as K + 1 numbers of your own."""
     ssd_max_rows: int = Field(default=24, ge=1, le=65536)
     """Rows of one draft step over all requests. More requests than fit share it, each with fewer branches;
     so a draft round keeps fitting inside one verification."""
     ssd_verify: Literal["coupled", "ratio"] = "coupled"
     """How sampled requests (temperature > 0) are verified; both ways are exact. coupled: draft and target
     share keyed noise, so that the draft foresees what is sampled, and a seeded request has the same tokens
-    whatever the draft does. ratio: vLLM's own rejection sampling, of greedy drafts."""
-    ssd_fallback: Literal["none", "ngram"] = "none"
-    """Drafts of a row whose outcome was not foreseen: none (one exact autoregressive step), or n-gram."""
+    whatever the draft does. ratio: rejection sampling of drafts that the draft samples by itself."""
+    ssd_saguaro_c: float = Field(default=1.0, gt=0, le=1)
+    """With ssd_verify "ratio": weight of the likeliest tokens when the draft samples. Less than 1 means more
+    hits and less acceptance."""
+    ssd_fallback: Literal["none", "ngram", "draft", "auto"] = "none"
+    """Drafts of a row whose outcome was not foreseen: none (one exact autoregressive step), n-gram, just-in-time
+    drafts of the draft model, for which the batch waits, or whichever of the last two is measured to pay."""
     ssd_draft_cores: str | None = None
     """CPU cores of the draft process, as in "1" or "8-11,15". Default: the last core the target leaves."""
     ssd_draft_memory: float = Field(default=0.5, gt=0)
@@ -198,6 +202,10 @@ def _check_branches(ssd: SSDSpeculativeConfig) -> None:
         raise ValueError(f"num_speculative_tokens={k} is too many; use at most {MAX_SPECULATIVE_TOKENS}")
     if k + 1 >= ssd.draft_model_config.max_model_len:
         raise ValueError(f"num_speculative_tokens={k} fills the draft's whole context; lower it")
+    if ssd.ssd_saguaro_c < 1 and ssd.ssd_verify != "ratio":
+        raise ValueError(
+            f"ssd_saguaro_c={ssd.ssd_saguaro_c:g} is for ssd_verify='ratio'; set that or remove it"
+        )
     if isinstance(fanout, str):
         if fanout == "uniform" and budget < k + 1:
             raise ValueError(

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from vllm_ssd.shared import map_int64
+import numpy as np
+
+from vllm_ssd.shared import map_array
 
 TARGET_COUNTERS_FILE = "target-counters"
 DRAFT_COUNTERS_FILE = "draft-counters"
@@ -35,6 +37,8 @@ def target_fields(num_speculative_tokens: int) -> tuple[str, ...]:
         "drafts_served",  # draft tokens from the outcome cache
         "fallback_none",
         "fallback_ngram",
+        "fallback_draft",
+        "laws_late",  # rows whose drafts could not be verified, since what they were drawn from did not come
         "wait_ns",  # time the target waited for the draft in rounds
         "critical_path_ns",  # time the target spent on SSD in rounds, waiting included
         "draft_restarts",
@@ -55,7 +59,7 @@ class Counters:
     """
 
     def __init__(self, path: Path, fields: Sequence[str], *, create: bool) -> None:
-        self._values = map_int64(path, (len(fields),), create=create)
+        self._values = map_array(path, np.int64, (len(fields),), create=create)
         self._index = {name: index for index, name in enumerate(fields)}
 
     def add(self, name: str, amount: int = 1) -> None:

@@ -43,6 +43,33 @@ def scale_fanout(fanout: Sequence[int], branch_budget: int) -> list[int]:
     return scaled
 
 
+def geometric_fanout(acceptance: float, exponent: float, num_drafts: int, branch_budget: int) -> list[int]:
+    """Theorem 12 in whole branches: the fan-out with the highest hit rate if every length misses with F^-r.
+
+    The theorem's real-valued optimum is F_k ~ a^(k/(1+r)), and (1-a)^(-1/(1+r)) times that for k = K. Each
+    further branch has less use than the one before it, so giving them one by one to where they are of most
+    use is the optimum in integers. Every length gets one first, the likeliest if there are fewer.
+
+    Args:
+        acceptance: a, inside (0, 1).
+        exponent: r.
+        num_drafts: K, of this round.
+        branch_budget: branches in all.
+
+    Returns:
+        [num_drafts + 1] branches per accepted length; a larger budget takes none away.
+    """
+    likelihood = acceptance ** np.arange(num_drafts + 1)
+    likelihood[:-1] *= 1 - acceptance
+    fan_out = np.zeros(num_drafts + 1, dtype=np.int64)
+    fan_out[np.argsort(-likelihood, kind="stable")[:branch_budget]] = 1
+    counts = np.arange(1.0, branch_budget + 2)
+    uses = np.outer(likelihood, counts[:-1] ** -exponent - counts[1:] ** -exponent)  # [K + 1, budget]
+    for _ in range(branch_budget - int(fan_out.sum())):
+        fan_out[np.argmax(uses[np.arange(num_drafts + 1), fan_out - 1])] += 1
+    return fan_out.tolist()
+
+
 def global_fanout(log_probs: Sequence[npt.NDArray[np.float32]], branch_budget: int) -> list[int]:
     """Spend the budget on the likeliest outcomes (k, t), whatever their k.
 

@@ -21,6 +21,11 @@ _LEAST_REMEMBERED = 16  # stretches, whatever the vocabulary
 _MASK = 0xFFFFFFFF
 _LEAST = 2.0**-24  # of 1 - u, as in the V2 sampler
 
+# Streams of noise that are independent of one another, made from one seed. The values mean nothing.
+_DRAFT_STREAM = 0x2545F4914F6CDD1D
+_ACCEPT_STREAM = 0x5851F42D4C957F2D
+_ROUND_STRIDE = 0x1E3779B97F4A7C15
+
 
 def gumbel(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     """Standard Gumbel noise of every token at n places.
@@ -32,8 +37,30 @@ def gumbel(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     Returns:
         [n, vocab_size] float32, on the device of `seeds`.
     """
-    uniform = _uniform(_hash(seeds, positions, vocab_size))
-    return -torch.log(-torch.log1p(-uniform.clamp_(max=1.0 - _LEAST)))
+    return -torch.log(-torch.log1p(-_below_one(_hash(seeds, positions, vocab_size))))
+
+
+def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
+    """[n] float32 in (0, 1), one number at each of n places; `seeds` and `positions` are [n] int64."""
+    return _below_one(_hash(seeds, positions, 1))[:, 0]
+
+
+def draft_seed(seed: int, round_: int) -> int:
+    """The seed of drafts made in a round, for verifiers that need them independent of all the target draws.
+
+    A position may be drafted again in a later round, and whether it is may depend on what was drafted before.
+    """
+    return wrapped_to_int64((seed ^ _DRAFT_STREAM) + round_ * _ROUND_STRIDE)
+
+
+def accept_seeds(seeds: Tensor) -> Tensor:
+    """[n] seeds of the numbers that decide whether drafts are accepted."""
+    return seeds ^ _ACCEPT_STREAM
+
+
+def wrapped_to_int64(value: int) -> int:
+    """The 64-bit integer with the same low bits."""
+    return (value + 2**63) % 2**64 - 2**63
 
 
 class RecentNoise:
@@ -97,6 +124,7 @@ def _finish(state: Tensor) -> Tensor:
     return state ^ (state >> 16)
 
 
-def _uniform(random: Tensor) -> Tensor:
+def _below_one(random: Tensor) -> Tensor:
     """(random + 1/2) / 2**32 in float32: both halves convert exactly, so small values keep all 32 bits."""
-    return (random >> 16).float() * 2.0**-16 + ((random & 0xFFFF).float() + 0.5) * 2.0**-32
+    uniform = (random >> 16).float() * 2.0**-16 + ((random & 0xFFFF).float() + 0.5) * 2.0**-32
+    return uniform.clamp_(max=1.0 - _LEAST)

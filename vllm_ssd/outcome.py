@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from vllm_ssd.shared import map_int64
+from vllm_ssd.shared import map_array
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -57,7 +57,7 @@ class OutcomeCache:
         create: bool,
     ) -> None:
         shape = (max_slots, branch_budget, FIRST_DRAFT + num_speculative_tokens)
-        self.entries: Int64Array = map_int64(shared_dir / TABLE_FILE, shape, create=create)
+        self.entries: Int64Array = map_array(shared_dir / TABLE_FILE, np.int64, shape, create=create)
         self.num_speculative_tokens = num_speculative_tokens
 
     def look_up(self, outcomes: list[Outcome]) -> list[list[int] | None]:

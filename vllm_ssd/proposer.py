@@ -14,29 +14,27 @@ from typing import Protocol
 
 import numpy as np
 
-from vllm_ssd.channel import Outcomes, RoundOutcome, Sampling, Start, Stop, ToDraft
+from vllm_ssd.channel import Outcomes, RoundOutcome, Sampling, Start, Stop
 from vllm_ssd.counters import Counters
-from vllm_ssd.fallback import Fallback
+from vllm_ssd.draft_laws import DraftLaw, DraftLaws, PointMass, Unknown
+from vllm_ssd.fallback import DRAFT, NOTHING, Costs, DraftAccess, Drafts, Fallback, MissedOutcome
 from vllm_ssd.outcome import Outcome, OutcomeCache
 
 POLL_S = 50e-6
+LAWS_DEADLINE_S = 0.05  # they are there before a verification ends, unless the draft is not
 GREEDY = Sampling()
 
 
-class DraftLink(Protocol):
+class DraftLink(DraftAccess, Protocol):
     """The proposer's view of the draft process."""
 
     @property
-    def cache(self) -> OutcomeCache | None:
-        """The outcome cache of the draft that is ready now, or None."""
+    def laws(self) -> DraftLaws | None:
+        """What served drafts were drawn from, while the draft is ready and draws any."""
         ...
 
     def check(self) -> bool:
         """Notice what happened to the draft; True when it has become ready and knows no request yet."""
-        ...
-
-    def send(self, message: ToDraft) -> None:
-        """Tell the draft; a draft that cannot be told is no longer ready."""
         ...
 
 
@@ -48,6 +46,7 @@ class LiveRequest:
     sampling: Sampling
     epoch: int = 0
     round: int = 0
+    drafts: Drafts = NOTHING  # what is being verified
 
 
 class Proposer:
@@ -58,6 +57,7 @@ class Proposer:
         num_speculative_tokens: K.
         max_slots: requests at once.
         fallback: drafts for missed rows.
+        costs: what the fallback goes by; measured here.
         history: a request's tokens so far, prompt and output.
         counters: the target's counters (`vllm_ssd.counters.target_fields`).
         wait_s: how long a round may wait for foreseen outcomes to reach depth K, in seconds.
@@ -69,6 +69,7 @@ class Proposer:
         num_speculative_tokens: int,
         max_slots: int,
         fallback: Fallback,
+        costs: Costs,
         history: Callable[[str], list[int]],
         counters: Counters,
         wait_s: float = 0.0,
@@ -76,6 +77,7 @@ class Proposer:
         self._link = link
         self._num_drafts = num_speculative_tokens
         self._fallback = fallback
+        self._costs = costs
         self._history = history
         self._counters = counters
         self._wait_s = wait_s
@@ -122,31 +124,70 @@ class Proposer:
         self._counters.add("critical_path_ns", time.perf_counter_ns() - began)
         return drafts
 
-    def _propose(self, request_ids: Sequence[str], sampled: Sequence[list[int]]) -> list[list[int]]:
-        drafts: list[list[int]] = [[] for _ in request_ids]
-        rows = [i for i, tokens in enumerate(sampled) if tokens and request_ids[i] in self._live]
-        cache = self._link.cache
-        if cache is None:
-            for i in rows:
-                drafts[i] = self._fall_back(request_ids[i])
-            self._counters.add("undrafted", len(rows))
-            return drafts
+    def laws(self, request_ids: Sequence[str], num_drafts: Sequence[int]) -> list[DraftLaw]:
+        """What the drafts were drawn from that are being verified, for ratio verification.
 
+        Args:
+            request_ids: [B], the rows of the step.
+            num_drafts: [B], drafts that are verified, which may be fewer than were proposed.
+
+        Returns:
+            [B]
+        """
+        return [self._law(self._live.get(name), n) for name, n in zip(request_ids, num_drafts, strict=True)]
+
+    def _law(self, request: LiveRequest | None, num_drafts: int) -> DraftLaw:
+        if request is None or not num_drafts:
+            return PointMass()
+        if request.drafts.kind != DRAFT or not request.sampling.temperature:
+            return PointMass()
+        deadline = time.perf_counter() + LAWS_DEADLINE_S
+        while (laws := self._link.laws) is not None:
+            law = laws.read(request.slot, request.epoch, request.round, num_drafts)
+            if law is not None:
+                return law
+            if time.perf_counter() > deadline:
+                break
+            time.sleep(POLL_S)
+        self._counters.add("laws_late")
+        return Unknown()
+
+    def _propose(self, request_ids: Sequence[str], sampled: Sequence[list[int]]) -> list[list[int]]:
+        rows = [i for i, tokens in enumerate(sampled) if tokens and request_ids[i] in self._live]
         requests = [self._live[request_ids[i]] for i in rows]
         outcomes = [
             Outcome(request.slot, request.epoch, request.round, len(sampled[i]) - 1, sampled[i][-1])
             for request, i in zip(requests, rows, strict=True)
         ]
-        found = self._look_up(cache, outcomes)
+        self._measure(requests, outcomes)
+        cache = self._link.cache
+        if cache is None:
+            self._counters.add("undrafted", len(rows))
+            found: list[list[int] | None] = [None] * len(rows)
+        else:
+            found = self._look_up(cache, outcomes)
+            self._count(outcomes, found)
+        missed = [
+            MissedOutcome(request_ids[i], outcome, sampled[i])
+            for i, outcome, served in zip(rows, outcomes, found, strict=True)
+            if served is None
+        ]
+        instead = iter(self._fall_back(missed))
+        drafts: list[list[int]] = [[] for _ in request_ids]
         messages = []
-        for i, request, outcome, served in zip(rows, requests, outcomes, found, strict=True):
-            drafts[i] = self._fall_back(request_ids[i]) if served is None else served
-            self._count(outcome, served)
-            messages.append(RoundOutcome(outcome.slot, outcome.epoch, outcome.round, sampled[i], drafts[i]))
+        for i, request, served in zip(rows, requests, found, strict=True):
+            request.drafts = next(instead) if served is None else Drafts(DRAFT, served)
+            drafts[i] = request.drafts.tokens
+            messages.append(RoundOutcome(request.slot, request.epoch, request.round, sampled[i], drafts[i]))
             request.round += 1
-        if messages:
+        if messages and self._link.cache is not None:
             self._link.send(Outcomes(messages))
         return drafts
+
+    def _measure(self, requests: Sequence[LiveRequest], outcomes: Sequence[Outcome]) -> None:
+        for request, outcome in zip(requests, outcomes, strict=True):
+            self._costs.add_row(request.drafts.kind, len(request.drafts.tokens), outcome.k)
+        self._costs.add_round(sum(outcome.k + 1 for outcome in outcomes))
 
     def _look_up(self, cache: OutcomeCache, outcomes: list[Outcome]) -> list[list[int] | None]:
         found = cache.look_up(outcomes)
@@ -161,19 +202,27 @@ class Proposer:
         self._counters.add("wait_ns", int((time.perf_counter() - began) * 1e9))
         return found
 
-    def _fall_back(self, request_id: str) -> list[int]:
-        self._counters.add(f"fallback_{self._fallback.name}")
-        return self._fallback.propose(self._history(request_id), self._num_drafts)
+    def _fall_back(self, missed: Sequence[MissedOutcome]) -> list[Drafts]:
+        if not missed:
+            return []
+        began = time.perf_counter_ns()
+        drafts = self._fallback.propose(missed, self._link)
+        for row in drafts:
+            self._counters.add(f"fallback_{row.kind}")
+        if any(row.kind == DRAFT for row in drafts):
+            self._counters.add("wait_ns", time.perf_counter_ns() - began)
+        return drafts
 
-    def _count(self, outcome: Outcome, served: list[int] | None) -> None:
-        self._counters.add("lookups")
-        self._counters.add(f"lookups_k{outcome.k}")
-        if served:
-            self._counters.add("hits")
-            self._counters.add(f"hits_k{outcome.k}")
-            self._counters.add("drafts_served", len(served))
-        elif served is not None:
-            self._counters.add("late")
+    def _count(self, outcomes: Sequence[Outcome], found: Sequence[list[int] | None]) -> None:
+        for outcome, served in zip(outcomes, found, strict=True):
+            self._counters.add("lookups")
+            self._counters.add(f"lookups_k{outcome.k}")
+            if served:
+                self._counters.add("hits")
+                self._counters.add(f"hits_k{outcome.k}")
+                self._counters.add("drafts_served", len(served))
+            elif served is not None:
+                self._counters.add("late")
 
     def _introduce_all(self) -> None:
         for request_id, request in self._live.items():
@@ -181,6 +230,6 @@ class Proposer:
 
     def _introduce(self, request: LiveRequest, tokens: list[int]) -> None:
         self._last_epoch += 1
-        request.epoch, request.round = self._last_epoch, 0
+        request.epoch, request.round, request.drafts = self._last_epoch, 0, NOTHING
         packed = np.array(tokens, dtype="<i4").tobytes()
         self._link.send(Start(request.slot, request.epoch, packed, request.sampling))

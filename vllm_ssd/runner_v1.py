@@ -15,8 +15,11 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_ssd import compat
 from vllm_ssd.channel import Sampling
-from vllm_ssd.coupled import Places, coupled_sampling
+from vllm_ssd.coupled import coupled_sampling
+from vllm_ssd.noise import wrapped_to_int64
 from vllm_ssd.proposer import GREEDY, Proposer
+from vllm_ssd.ratio import ratio_sampling
+from vllm_ssd.verification import Places
 
 
 class NoDrafter:
@@ -57,9 +60,9 @@ class SSDModelRunner(CPUModelRunner):
         return corrections
 
     def _sampling(self, request_id: str) -> Sampling:
-        """How the draft is to sample: as the target where verification is coupled, else greedily."""
+        """How the draft is to sample: as the target."""
         params = self.requests[request_id].sampling_params
-        if not self.is_coupled or params is None or params.sampling_type == SamplingType.GREEDY:
+        if params is None or params.sampling_type == SamplingType.GREEDY:
             return GREEDY
         return Sampling(params.temperature, self._seed(request_id), max(params.top_k, 0), params.top_p)
 
@@ -67,7 +70,7 @@ class SSDModelRunner(CPUModelRunner):
         """The request's own seed, or one of the engine's."""
         params = self.requests[request_id].sampling_params
         if params is not None and params.seed is not None:
-            return _wrapped_to_int64(params.seed)
+            return wrapped_to_int64(params.seed)  # Python's generators take any integer, tensors do not
         if request_id not in self._seeds:
             self._seeds[request_id] = int(torch.randint(2**63 - 1, ()))
         return self._seeds[request_id]
@@ -79,9 +82,15 @@ class SSDModelRunner(CPUModelRunner):
             # Nothing to verify. The rejection sampler would apply top-k to no rows, where torch's max raises:
             # a single request with top_k ended the engine (vLLM 0.32, any method of speculation).
             spec_decode_metadata = None
-        if not self.is_coupled or self.input_batch.sampling_metadata.all_greedy:
+        if self.input_batch.sampling_metadata.all_greedy:
             return super()._sample(logits, spec_decode_metadata)
-        with coupled_sampling(self.sampler, self._places(spec_decode_metadata)):
+        places = self._places(spec_decode_metadata)
+        if self.is_coupled:
+            sampling = coupled_sampling(self.sampler, places)
+        else:
+            laws = self.proposer.laws(self.input_batch.req_ids, places.num_drafts.tolist())
+            sampling = ratio_sampling(self.sampler, places, laws)
+        with sampling:
             return super()._sample(logits, spec_decode_metadata)
 
     def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
@@ -122,8 +131,3 @@ class SSDModelRunner(CPUModelRunner):
         """Drafts of each row of the batch, as `GPUModelRunner` (V1) expects them: ragged lists."""
         assert isinstance(sampled_token_ids, list)
         return self.proposer.propose(self.input_batch.req_ids, sampled_token_ids)
-
-
-def _wrapped_to_int64(seed: int) -> int:
-    """Python's generators take any integer as a seed, tensors do not."""
-    return (seed + 2**63) % 2**64 - 2**63

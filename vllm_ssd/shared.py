@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import uuid
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,22 +17,28 @@ import numpy.typing as npt
 PREFIX = "vllm-ssd-"
 LOCK_FILE = "owner"
 
+Number = TypeVar("Number", bound=np.generic)
 
-def map_int64(path: Path, shape: tuple[int, ...], *, create: bool) -> npt.NDArray[np.int64]:
-    """An int64 array over a file that other processes map as well.
+
+def map_array(
+    path: Path, dtype: type[Number], shape: tuple[int, ...], *, create: bool
+) -> npt.NDArray[Number]:
+    """An array over a file that other processes map as well.
 
     Args:
         path: the file, on a memory file system if it is to be fast.
-        shape: of the array; the same in every process.
+        dtype, shape: of the array; the same in every process.
         create: make the file, filled with zeros. Otherwise it has to be there.
 
     Raises:
         FileNotFoundError: if it is not there.
+        OSError: if there is no room for it. (A write would be too late: that kills the process.)
     """
     if create:
-        path.write_bytes(bytes(8 * math.prod(shape)))
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, np.dtype(dtype).itemsize * math.prod(shape))
     # The plain array is the same memory, without memmap's slower indexing.
-    return np.asarray(np.memmap(path, np.int64, "r+", shape=shape))
+    return np.asarray(np.memmap(path, dtype, "r+", shape=shape))
 
 
 def default_shared_folder() -> Path:

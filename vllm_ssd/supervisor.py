@@ -21,6 +21,7 @@ from vllm.logger import init_logger
 
 from vllm_ssd.channel import Channel, Configure, Failed, Ready, Reset, ToDraft
 from vllm_ssd.counters import DRAFT_COUNTERS_FILE, DRAFT_FIELDS, Counters
+from vllm_ssd.draft_laws import DraftLaws
 from vllm_ssd.launch import DraftProcess
 from vllm_ssd.outcome import OutcomeCache
 
@@ -86,6 +87,16 @@ class DraftSupervisor:
         """The outcome cache, while the draft is ready."""
         return self._cache if self._state is State.READY else None
 
+    @property
+    def laws(self) -> DraftLaws | None:
+        """What drafts were drawn from, while the draft is ready and draws any."""
+        return self._laws if self._state is State.READY else None
+
+    @property
+    def step_seconds(self) -> float:
+        """What a step of the draft takes on average."""
+        return self._draft_counters["step_ns"] / 1e9 / max(1, self._draft_counters["steps"])
+
     def await_ready(self) -> None:
         """Wait until the draft has loaded; it need not know of any request yet.
 
@@ -150,6 +161,7 @@ class DraftSupervisor:
             self._configure.num_speculative_tokens,
             create=True,
         )
+        self._laws = None if self._configure.is_coupled else self._make_laws()
         self._draft_counters.set("messages", 0)
         self._channel = Channel(address, bind=True, receives=Ready | Failed)
         self._process = DraftProcess(self._configure)
@@ -157,6 +169,15 @@ class DraftSupervisor:
         self._deadline = time.monotonic() + self._ready_timeout_s
         self._num_sent = 0
         self._num_read = 0
+
+    def _make_laws(self) -> DraftLaws:
+        return DraftLaws(
+            self._table_dir,
+            self._configure.max_slots,
+            self._configure.num_speculative_tokens,
+            self._configure.vocab_size,
+            create=True,
+        )
 
     def _become_ready(self, message: Ready) -> None:
         self._state = State.READY

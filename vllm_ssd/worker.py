@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from vllm.config import VllmConfig
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -19,7 +21,14 @@ from vllm_ssd.counters import (
     Counters,
     target_fields,
 )
-from vllm_ssd.fallback import Fallback, NgramFallback, NoFallback
+from vllm_ssd.fallback import (
+    AutoFallback,
+    Costs,
+    Fallback,
+    JustInTimeFallback,
+    NgramFallback,
+    NoFallback,
+)
 from vllm_ssd.proposer import Proposer
 from vllm_ssd.runner_v1 import SSDModelRunner
 from vllm_ssd.shared import SharedFolder
@@ -53,11 +62,13 @@ class SSDWorker(CPUWorker):
             super().init_device()
         runner = self.model_runner
         assert isinstance(runner, SSDModelRunner)
+        costs = Costs()
         runner.proposer = Proposer(
             self._supervisor,
             ssd.num_speculative_tokens,
             self.scheduler_config.max_num_seqs,
-            _fallback(ssd, self.model_config.max_model_len),
+            _fallback(ssd, costs, runner.token_history, self.model_config.max_model_len),
+            costs,
             runner.token_history,
             self._counters,
             ssd.ssd_wait_ms / 1000,
@@ -108,6 +119,7 @@ def _configure(ssd: SSDSpeculativeConfig, vllm_config: VllmConfig) -> Configure:
         shared_dir=str(ssd.ssd_shared_dir),
         table_dir="",
         model=draft.model,
+        vocab_size=draft.get_vocab_size(),
         engine_args=engine_args,
         cores=ssd.draft_cores,
         num_speculative_tokens=ssd.num_speculative_tokens,
@@ -118,12 +130,23 @@ def _configure(ssd: SSDSpeculativeConfig, vllm_config: VllmConfig) -> Configure:
         prefill_chunk=ssd.ssd_prefill_chunk,
         memory_bytes=int(ssd.ssd_draft_memory * GIB),
         enforce_eager=draft.enforce_eager,
+        is_coupled=ssd.ssd_verify == "coupled",
+        saguaro_c=ssd.ssd_saguaro_c,
     )
 
 
-def _fallback(ssd: SSDSpeculativeConfig, max_model_len: int) -> Fallback:
-    if ssd.ssd_fallback == "ngram":
-        fallback = NgramFallback(compat.match_ngram, max_model_len)
-        fallback.propose([0, 0], 1)  # Numba compiles it at the first call, for seconds: not in a user's round
-        return fallback
-    return NoFallback()
+def _fallback(
+    ssd: SSDSpeculativeConfig, costs: Costs, history: Callable[[str], list[int]], max_model_len: int
+) -> Fallback:
+    num_drafts = ssd.num_speculative_tokens
+    ngram = NgramFallback(compat.match_ngram, history, max_model_len, num_drafts)
+    just_in_time = JustInTimeFallback(costs, num_drafts)
+    if ssd.ssd_fallback in ("ngram", "auto"):
+        compat.match_ngram(np.zeros(2, dtype=np.int32), 1, 1, 2, 1)  # Numba compiles it at the first call
+    kinds: dict[str, Fallback] = {
+        "none": NoFallback(),
+        "ngram": ngram,
+        "draft": just_in_time,
+        "auto": AutoFallback(costs, ngram, just_in_time),
+    }
+    return kinds[ssd.ssd_fallback]

@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ssd.coupled import Places, _draw, _verify, accept
+from vllm_ssd.coupled import verify
+from vllm_ssd.verification import Places, draw
 
 VOCAB = 17
-
-
-@pytest.mark.parametrize(
-    ("drafts", "sampled", "tokens"),
-    [
-        ([], [], [9]),
-        ([4], [4], [4, 9]),
-        ([4], [5], [5]),
-        ([4, 5, 6], [4, 7, 6], [4, 7]),
-        ([4, 5, 6], [4, 5, 6], [4, 5, 6, 9]),
-    ],
-)
-def test_accepts_up_to_the_first_difference(drafts: list[int], sampled: list[int], tokens: list[int]) -> None:
-    assert accept([len(drafts)], drafts, sampled, [9]) == [tokens]
-
-
-def test_rows_are_apart() -> None:
-    assert accept([2, 0, 1], [1, 2, 3], [1, 5, 3], [7, 8, 9]) == [[1, 5], [8], [3, 9]]
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=4), st.integers(0, 2**63 - 1), st.data())
@@ -41,15 +23,15 @@ def test_tokens_do_not_depend_on_the_drafts(
     is_greedy = torch.arange(len(num_drafts)) % 2 == 1
     laws = torch.randn(len(num_drafts), 6, VOCAB)  # of each row's next six tokens
     plain = [
-        _draw(Places(seeds, starts + i, torch.zeros_like(seeds), is_greedy), laws[:, i]) for i in range(6)
+        draw(Places(seeds, starts + i, torch.zeros_like(seeds), is_greedy), laws[:, i]) for i in range(6)
     ]
     drafts = [data.draw(st.integers(0, VOCAB - 1)) for _ in range(sum(num_drafts))]
     places = Places(seeds, starts, torch.tensor(num_drafts), is_greedy)
     rows = list(range(len(num_drafts)))
-    bonus = _draw(places, laws[rows, num_drafts])
+    bonus = draw(places, laws[rows, num_drafts])
     logits = torch.cat([laws[row, :count] for row, count in zip(rows, num_drafts, strict=True)])
     begin = 0
-    for row, tokens in enumerate(_verify(places, torch.tensor(drafts, dtype=torch.int64), logits, bonus)):
+    for row, tokens in enumerate(verify(places, torch.tensor(drafts, dtype=torch.int64), logits, bonus)):
         mine = drafts[begin : begin + num_drafts[row]]
         begin += num_drafts[row]
         assert tokens == [int(plain[i][row]) for i in range(len(tokens))]

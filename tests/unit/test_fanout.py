@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ssd.fanout import global_fanout, listed_fanout, scale_fanout, uniform_fanout
+from vllm_ssd.fanout import geometric_fanout, global_fanout, listed_fanout, scale_fanout, uniform_fanout
 
 BUDGETS = st.integers(1, 200)
 FANOUTS = st.lists(st.integers(0, 40), min_size=1, max_size=17)
@@ -76,3 +79,50 @@ def test_global_takes_the_likeliest_outcomes(log_probs: list[list[float]], budge
     left = [value for array, count in zip(arrays, counts, strict=True) for value in array[count:]]
     assert len(taken) == min(budget, len(taken) + len(left))
     assert not taken or not left or min(taken) >= max(left)
+
+
+RATES = st.floats(0.01, 0.99)
+EXPONENTS = st.floats(0.1, 4.0)
+
+
+@given(num_drafts=st.integers(0, 16), budget=BUDGETS, acceptance=RATES, exponent=EXPONENTS)
+def test_geometric_spends_the_budget_and_grows_with_it(
+    num_drafts: int, budget: int, acceptance: float, exponent: float
+) -> None:
+    fanout = geometric_fanout(acceptance, exponent, num_drafts, budget)
+    assert len(fanout) == num_drafts + 1
+    assert sum(fanout) == budget
+    assert min(fanout) >= (1 if budget > num_drafts else 0)
+    assert fanout[:-1] == sorted(fanout[:-1], reverse=True)  # rejection gets rarer with k
+    larger = geometric_fanout(acceptance, exponent, num_drafts, budget + 1)
+    assert all(a <= b for a, b in zip(fanout, larger, strict=True))
+
+
+def hit_rate(fanout: Sequence[int], acceptance: float, exponent: float) -> float:
+    """Of Theorem 12's model."""
+    num_drafts = len(fanout) - 1
+    weights = [(1 - acceptance) * acceptance**k for k in range(num_drafts)] + [acceptance**num_drafts]
+    return sum(
+        weight * (1 - 0.5 * count**-exponent if count else 0.0)
+        for weight, count in zip(weights, fanout, strict=True)
+    )
+
+
+@pytest.mark.parametrize("acceptance", [0.5, 0.8, 0.95])
+@pytest.mark.parametrize("exponent", [0.5, 1.0, 2.0])
+def test_geometric_is_the_best_of_all(acceptance: float, exponent: float) -> None:
+    for budget in range(4, 13):
+        all_fanouts = [f for f in itertools.product(range(1, budget), repeat=4) if sum(f) == budget]
+        best = max(hit_rate(fanout, acceptance, exponent) for fanout in all_fanouts)
+        found = geometric_fanout(acceptance, exponent, 3, budget)
+        assert hit_rate(found, acceptance, exponent) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("acceptance", [0.5, 0.8, 0.95])
+@pytest.mark.parametrize("exponent", [0.5, 1.0, 2.0])
+def test_geometric_nears_the_theorem(acceptance: float, exponent: float) -> None:
+    num_drafts, budget = 4, 4000
+    shares = acceptance ** (np.arange(num_drafts + 1) / (1 + exponent))
+    shares[-1] *= (1 - acceptance) ** (-1 / (1 + exponent))
+    fanout = np.array(geometric_fanout(acceptance, exponent, num_drafts, budget))
+    assert fanout / budget == pytest.approx(shares / shares.sum(), rel=0.01)

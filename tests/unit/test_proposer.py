@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from vllm_ssd import proposer as proposer_module
-from vllm_ssd.channel import Outcomes, RoundOutcome, Start, Stop, ToDraft
+from vllm_ssd.channel import Outcomes, RoundOutcome, Sampling, Start, Stop, ToDraft
 from vllm_ssd.counters import Counters, target_fields
+from vllm_ssd.draft_laws import DraftLaws, PointMass, Unknown
+from vllm_ssd.fallback import NGRAM, Costs, DraftAccess, Drafts, MissedOutcome
 from vllm_ssd.outcome import OutcomeCache
 from vllm_ssd.proposer import Proposer
 
-K, SLOTS, BUDGET = 3, 2, 8
+K, SLOTS, BUDGET, VOCAB = 3, 2, 8, 100
 HISTORY = {"a": [1, 2, 3], "b": [4, 5], "c": [6]}
 
 
 class Link:
     """A draft process that does what the test says."""
 
-    def __init__(self, cache: OutcomeCache) -> None:
+    step_seconds = 0.001
+
+    def __init__(self, cache: OutcomeCache, laws: DraftLaws) -> None:
         self.outcomes = cache
+        self.table = laws
         self.ready = True
         self.newly_ready = False
         self.sent: list[ToDraft] = []
@@ -29,6 +35,10 @@ class Link:
     @property
     def cache(self) -> OutcomeCache | None:
         return self.outcomes if self.ready else None
+
+    @property
+    def laws(self) -> DraftLaws | None:
+        return self.table if self.ready else None
 
     def check(self) -> bool:
         newly, self.newly_ready = self.newly_ready, False
@@ -50,28 +60,39 @@ class Link:
             self.outcomes.publish(start.slot, entry, depth, np.array([draft]))
 
 
-class FourMore:
+class AlwaysMore:
     """A fallback that always has drafts."""
 
-    name = "ngram"
+    def __init__(self, history: dict[str, list[int]]) -> None:
+        self._history = history
 
-    def propose(self, tokens: list[int], num_drafts: int) -> list[int]:
-        return [*tokens[-1:], *range(90, 90 + num_drafts)][:num_drafts]
+    def propose(self, missed: Sequence[MissedOutcome], draft: DraftAccess) -> list[Drafts]:
+        return [Drafts(NGRAM, [self._history[row.request_id][-1], *range(90, 89 + K)]) for row in missed]
 
 
 class Bench:
     """A proposer and everything around it."""
 
     def __init__(self, folder: Path, wait_s: float = 0.0) -> None:
-        self.link = Link(OutcomeCache(folder, SLOTS, BUDGET, K, create=True))
+        self.link = Link(
+            OutcomeCache(folder, SLOTS, BUDGET, K, create=True),
+            DraftLaws(folder, SLOTS, K, VOCAB, create=True),
+        )
         self.counters = Counters(folder / "target", target_fields(K), create=True)
         self.history = {name: list(tokens) for name, tokens in HISTORY.items()}
         self.proposer = Proposer(
-            self.link, K, SLOTS, FourMore(), lambda name: self.history[name], self.counters, wait_s
+            self.link,
+            K,
+            SLOTS,
+            AlwaysMore(self.history),
+            Costs(),
+            lambda name: self.history[name],
+            self.counters,
+            wait_s,
         )
 
-    def start(self, name: str) -> Start:
-        self.proposer.start(name, self.history[name])
+    def start(self, name: str, temperature: float = 0.0) -> Start:
+        self.proposer.start(name, self.history[name], Sampling(temperature))
         (message,) = self.link.take_sent()
         assert isinstance(message, Start)
         return message
@@ -272,3 +293,50 @@ def test_nobody_waits_for_a_miss(tmp_path: Path, clock: Clock) -> None:
     bench.start("a")
     assert bench.proposer.propose(["a"], [[50]]) == [[3, 90, 91]]
     assert clock.naps == 0
+
+
+def test_the_law_of_drafts_that_were_drawn(bench: Bench) -> None:
+    a = bench.start("a", 1.0)
+    bench.start("b", 1.0)
+    bench.link.publish(a, 0, 0, 50, [51, 52])
+    bench.proposer.propose(["a", "b"], [[50], [60]])  # b gets n-gram drafts
+    law = np.random.default_rng(0).random((2, VOCAB), dtype=np.float32)
+    bench.link.table.publish(a.slot, a.epoch, 1, list(law))
+    found = bench.proposer.laws(["b", "a", "unknown"], [3, 1, 2])
+    assert isinstance(found[0], PointMass)
+    assert isinstance(found[1], np.ndarray)
+    assert np.array_equal(found[1][:1], law[:1])
+    assert isinstance(found[2], PointMass)
+    assert isinstance(bench.proposer.laws(["a"], [0])[0], PointMass)
+    assert bench.counters["laws_late"] == 0
+
+
+def test_drafts_of_a_greedy_request_have_no_law(bench: Bench) -> None:
+    a = bench.start("a")
+    bench.link.publish(a, 0, 0, 50, [51])
+    bench.proposer.propose(["a"], [[50]])
+    assert isinstance(bench.proposer.laws(["a"], [1])[0], PointMass)
+
+
+@pytest.mark.parametrize("wrong", ["round", "epoch", "depth", "nothing", "draft gone"])
+def test_a_law_that_does_not_come_is_not_waited_for_long(bench: Bench, clock: Clock, wrong: str) -> None:
+    a = bench.start("a", 1.0)
+    bench.link.publish(a, 0, 0, 50, [51, 52])
+    bench.proposer.propose(["a"], [[50]])
+    epoch, round_, depth = a.epoch + (wrong == "epoch"), 1 - (wrong == "round"), 2 - (wrong == "depth")
+    if wrong != "nothing":
+        bench.link.table.publish(a.slot, epoch, round_, [np.ones(VOCAB, dtype=np.float32)] * depth)
+    bench.link.ready = wrong != "draft gone"
+    assert isinstance(bench.proposer.laws(["a"], [2])[0], Unknown)
+    assert clock.now - 100.0 <= 1.1 * proposer_module.LAWS_DEADLINE_S
+    assert bench.counters["laws_late"] == 1
+
+
+def test_a_law_may_come_while_it_is_waited_for(bench: Bench, clock: Clock) -> None:
+    a = bench.start("a", 1.0)
+    bench.link.publish(a, 0, 0, 50, [51])
+    bench.proposer.propose(["a"], [[50]])
+    law = np.ones(VOCAB, dtype=np.float32)
+    clock.on_nap = lambda: bench.link.table.publish(a.slot, a.epoch, 1, [law])
+    assert isinstance(bench.proposer.laws(["a"], [1])[0], np.ndarray)
+    assert clock.naps == 1

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from target import VOCAB, Setup, Target, prompt
 
-from vllm_ssd.channel import Outcomes, Reset, RoundOutcome, Stop
+from vllm_ssd.channel import Missed, MissedRow, Outcomes, Reset, RoundOutcome, Stop
 from vllm_ssd.fanout import listed_fanout, uniform_fanout
 from vllm_ssd.outcome import EPOCH, Outcome
 
@@ -374,4 +374,70 @@ def test_a_long_run(seed: int) -> None:
             if turn % 3 or rng.random() < 0.5:
                 target.decide_like(slot, rng)
     assert target.hits > 20
+    target.finish()
+
+
+@pytest.mark.parametrize("steps", range(6))
+@pytest.mark.parametrize("k", range(4))
+def test_just_in_time_drafts_come_before_anything_else(steps: int, k: int) -> None:
+    """The target waits after a miss: the draft makes this branch, and adopts it when it is told."""
+    target = Target(Setup())
+    rng = random.Random(3)
+    first, other = target.start(0, prompt(rng, 6)), target.start(1, prompt(rng, 6))
+    target.settle()
+    for slot in (0, 1):
+        _, token, _ = target.published(slot)[0]
+        target.decide(slot, 0, token)
+    for _ in range(steps):
+        target.step()
+    (unlikely,) = target.oracle.rank([*first.tokens, *first.drafts[:k]])[-1:].tolist()
+    rows_before = len(target.engine.row_counts)
+    target.await_drafts(0, k, unlikely, 2)
+    while not target.published(0) or len(target.published(0)[0][2]) < 2:
+        target.step()
+    assert max(target.engine.row_counts[rows_before:]) == 1
+    assert len(target.engine.row_counts) - rows_before <= 3
+    adopted = target.counters["adopted"]
+    drafts = target.decide(0, k, unlikely)
+    assert len(drafts) == 2
+    assert target.counters["adopted"] == adopted + 1
+    target.settle()
+    assert len(target.published(0)) == target.setup.budget
+    assert other.round == 1
+    target.finish()
+
+
+def test_awaited_drafts_of_another_round_or_branch_are_ignored() -> None:
+    target = Target(Setup())
+    request = target.start(0, prompt(random.Random(0), 6))
+    target.settle()
+    before = target.published(0)
+    for missed in (
+        MissedRow(0, request.epoch, 7, [1], 2),
+        MissedRow(0, request.epoch + 1, 0, [1], 2),
+        MissedRow(3, request.epoch, 0, [1], 2),
+        MissedRow(0, request.epoch, 0, [9, 9, 9], 2),
+    ):
+        target.server.handle(Missed([missed]))
+        assert not target.step()
+        assert target.published(0) == before
+    target.finish()
+
+
+def test_geometric_fan_out_follows_the_outcomes() -> None:
+    """Where the first draft is always rejected, most branches go to k = 0."""
+    target = Target(Setup(budget=8, fanout="geometric", vocab=64))
+    request = target.start(0, prompt(random.Random(0), 10))
+    for _ in range(150):
+        target.settle()
+        branches = [branch for branch in target.published(0) if branch[0] == 0]
+        assert len(target.published(0)) == target.setup.budget
+        target.decide(0, *branches[-1][:2])
+        if len(request.tokens) > 150:
+            target.stop(0)
+            request = target.start(0, prompt(random.Random(0), 10))
+    target.settle()
+    ks = [k for k, _, _ in target.published(0)]
+    assert ks.count(0) >= 4
+    assert set(ks) == {0, 1, 2, 3}
     target.finish()

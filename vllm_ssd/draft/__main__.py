@@ -44,6 +44,7 @@ def _build_server(configure: Configure, channel: Channel):  # type: ignore[no-un
     from vllm_ssd.counters import DRAFT_COUNTERS_FILE, DRAFT_FIELDS, Counters
     from vllm_ssd.draft.engine import DraftEngine
     from vllm_ssd.draft.server import DraftServer
+    from vllm_ssd.draft_laws import DraftLaws
     from vllm_ssd.outcome import OutcomeCache
 
     register()
@@ -56,10 +57,19 @@ def _build_server(configure: Configure, channel: Channel):  # type: ignore[no-un
         configure.num_speculative_tokens,
         create=False,
     )
+    laws = None
+    if not configure.is_coupled:
+        laws = DraftLaws(
+            Path(configure.table_dir),
+            configure.max_slots,
+            configure.num_speculative_tokens,
+            engine.vocab_size,
+            create=False,
+        )
     counters = Counters(Path(configure.shared_dir) / DRAFT_COUNTERS_FILE, DRAFT_FIELDS, create=False)
     counters.set("messages", 0)
     channel.send(Ready(PROTOCOL_VERSION, engine.vocab_size, engine.num_blocks, engine.block_size))
-    return DraftServer(configure, engine, channel, cache, counters)
+    return DraftServer(configure, engine, channel, cache, counters, laws)
 
 
 def _exit_with_parent(configure: Configure, parent: int) -> None:

@@ -15,6 +15,7 @@ from vllm_ssd.draft.rows import Candidates
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
+Float32Array = npt.NDArray[np.float32]
 
 
 @dataclass
@@ -48,8 +49,13 @@ class BranchGroup:
         """Take in a step's result, of n rows; returns the new draft tokens [n]."""
         self.candidates.append(candidates)
         self.steps += 1
-        self.chains[:, self.steps] = candidates.tokens[:, 0]
-        return candidates.tokens[:, 0]
+        self.chains[:, self.steps] = candidates.drafts
+        return candidates.drafts
+
+    def laws(self, branch: int, num_drafts: int) -> list[Float32Array]:
+        """[V] each: what the branch's first drafts were drawn from; empty where they were not drawn."""
+        laws = [candidates.laws for candidates in self.candidates[:num_drafts]]
+        return [law[branch] for law in laws if law is not None]
 
     def find(self, k: int, token: int) -> int | None:
         """Index of the branch that foresaw this outcome."""

@@ -70,6 +70,9 @@ class DraftEngine:
         self.num_blocks = self.kv_cache_config.num_blocks
         self.vocab_size = self.config.model_config.get_vocab_size()
         self.max_model_len = self.config.model_config.max_model_len
+        self._is_coupled = configure.is_coupled
+        self._saguaro_c = configure.saguaro_c
+        self._saguaro_tokens = max(1, configure.branch_budget // (configure.num_speculative_tokens + 1))
         self._noise = RecentNoise(self.vocab_size, torch.device(self.device))
         self.kv_caches: list[torch.Tensor] = list(kv_caches.values())  # each [num_blocks, ...]
         for cache in self.kv_caches:
@@ -130,10 +133,9 @@ class DraftEngine:
         if len(rows.wanted) < num_tokens:
             hidden = hidden[self._to_device(rows.wanted)]
         logits = self.model.compute_logits(hidden).float()
-        if rows.sampling is not None:
-            logits = self._with_noise(logits, rows.sampling, rows.positions[rows.wanted])
-        top = torch.topk(logits.log_softmax(dim=-1), num_candidates, dim=-1)
-        return Candidates(top.indices.cpu().numpy(), top.values.cpu().numpy())
+        if rows.sampling is None:
+            return _likeliest(logits, num_candidates)
+        return self._sampled(logits, rows.sampling, rows.positions[rows.wanted], num_candidates)
 
     @torch.inference_mode()
     def copy_blocks(self, sources: Int64Array, targets: Int64Array) -> None:
@@ -142,8 +144,10 @@ class DraftEngine:
         for cache in self.kv_caches:
             cache.index_copy_(0, target_index, cache.index_select(0, source_index))
 
-    def _with_noise(self, logits: torch.Tensor, sampling: RowSampling, positions: Int64Array) -> torch.Tensor:
-        """[L, V] as the target will sample them: the largest is the token it takes if it agrees."""
+    def _sampled(
+        self, logits: torch.Tensor, sampling: RowSampling, positions: Int64Array, num_candidates: int
+    ) -> Candidates:
+        """The next drafts at L positions, [L, V], of which some are sampled."""
         temperatures = self._to_device(sampling.temperatures)[:, None]
         is_greedy = temperatures == 0
         logits = logits / temperatures.masked_fill(is_greedy, 1.0)
@@ -153,11 +157,42 @@ class DraftEngine:
             self._to_device(top_k) if sampling.top_k.any() else None,
             self._to_device(sampling.top_p) if (sampling.top_p < 1).any() else None,
         )
-        noise = self._noise(sampling.seeds.tolist(), positions.tolist())
-        return logits + noise.masked_fill_(is_greedy, 0.0)
+        noise = self._noise(sampling.seeds.tolist(), positions.tolist()).masked_fill_(is_greedy, 0.0)
+        if self._is_coupled:
+            return _likeliest(logits + noise, num_candidates)
+        laws = logits.softmax(dim=-1)
+        if self._saguaro_c < 1:
+            laws = saguaro(laws, self._saguaro_tokens, self._saguaro_c).where(~is_greedy, laws)
+        drawn = (laws.log() + noise).argmax(dim=-1)
+        found = _likeliest(logits, num_candidates)
+        return Candidates(found.tokens, found.log_probs, drawn.cpu().numpy(), laws.cpu().numpy())
 
     def _to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)
+
+
+def saguaro(laws: torch.Tensor, num_tokens: int, weight: float) -> torch.Tensor:
+    """Saguaro sampling (arXiv 2603.03251, definition 14): less of the likeliest tokens in each law.
+
+    What the draft draws less often than the target is what the recovery token is drawn from; so recovery
+    tokens fall on the likeliest tokens, which have branches. Acceptance falls in turn.
+
+    Args:
+        laws: [L, V].
+        num_tokens: F, how many tokens of each law count as likeliest.
+        weight: C in (0, 1], what their probability is multiplied by.
+
+    Returns:
+        [L, V], renormalised.
+    """
+    top = laws.topk(min(num_tokens, laws.shape[-1]), dim=-1)
+    laws = laws.scatter(-1, top.indices, top.values * weight)
+    return laws / laws.sum(dim=-1, keepdim=True)
+
+
+def _likeliest(logits: torch.Tensor, num_candidates: int) -> Candidates:
+    top = torch.topk(logits.log_softmax(dim=-1), num_candidates, dim=-1)
+    return Candidates(top.indices.cpu().numpy(), top.values.cpu().numpy())
 
 
 def _engine_config(configure: Configure) -> VllmConfig:

@@ -18,6 +18,7 @@ from vllm_ssd.draft.branches import BranchGroup, private_block_count
 from vllm_ssd.draft.rows import Candidates
 
 Int64Array = npt.NDArray[np.int64]
+Float32Array = npt.NDArray[np.float32]
 
 NO_TOKEN = -1
 
@@ -30,6 +31,15 @@ class BlockCopies:
     targets: list[int] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Awaited:
+    """An outcome that the target has missed, and waits for just-in-time drafts of."""
+
+    k: int
+    token: int
+    num_drafts: int
+
+
 class DraftRequest:
     """One request of the target.
 
@@ -39,7 +49,8 @@ class DraftRequest:
         pool: where its KV blocks come from.
         num_speculative_tokens: K.
         max_model_len: the draft's; a request beyond it gets no branches.
-        sampling: how the target samples it, where the draft is to do the same.
+        sampling: how the target samples it.
+        is_drawn: its drafts are drawn from the draft's law, and not foretold (see `vllm_ssd.ratio`).
     """
 
     def __init__(
@@ -51,11 +62,15 @@ class DraftRequest:
         num_speculative_tokens: int,
         max_model_len: int,
         sampling: Sampling = Sampling(),  # noqa: B008  (immutable)
+        is_drawn: bool = False,
     ) -> None:
         self.slot = slot
         self.epoch = epoch
         self.sampling = sampling
+        self.is_drawn = is_drawn
         self.round = 0
+        self.verifies_branch = False  # where the drafts came from that the target is verifying
+        self.awaited: Awaited | None = None
         self.tokens = tokens
         self.num_confirmed = len(tokens)
         self.groups: list[BranchGroup] = []
@@ -111,38 +126,103 @@ class DraftRequest:
             self._pool.remember(self.tokens[: self.num_confirmed], self.blocks)
             self._remembered = True
 
-    def settle(self, outcome: RoundOutcome) -> bool:
-        """Take in the target's decision of this round; True if it adopted a branch."""
-        adopted = self._adopt(outcome)
-        if not adopted:
+    def settle(self, outcome: RoundOutcome) -> list[Float32Array] | None:
+        """Take in the target's decision of this round.
+
+        Returns:
+            If it adopted a branch, the laws [V] that its drafts were drawn from (none where they were not
+            drawn); None if there was no such branch.
+        """
+        laws = self._adopt(outcome)
+        if laws is None:
             self._rewind(outcome)
+        self.verifies_branch = laws is not None
         self.round = outcome.round + 1
         self.num_entries = 0
         self._forked.clear()
-        return adopted
+        self.awaited = None
+        return laws
+
+    def await_drafts(self, tokens: list[int], num_drafts: int) -> bool:
+        """The target waits for drafts after `tokens`, which it decided on: nothing else can happen any more.
+
+        Returns:
+            False where these tokens cannot end this round.
+        """
+        k = len(tokens) - 1
+        if not self._continues(tokens):
+            return False
+        self._release_branches()
+        del self.tokens[self.num_confirmed + k :]
+        self.num_computed = min(self.num_computed, len(self.tokens))
+        self.num_entries = 0
+        self.candidates = {}
+        self._forked.clear()
+        self.awaited = Awaited(k, tokens[k], num_drafts)
+        return True
+
+    @property
+    def is_urgent(self) -> bool:
+        """Whether the target waits for more than there is yet."""
+        if self.awaited is None:
+            return False
+        return not self.groups or self.groups[0].steps < self.awaited.num_drafts
+
+    def rank(self, k: int, token: int) -> int | None:
+        """How many candidates were likelier than the token that ended the round; None if none were known."""
+        if k not in self.candidates:
+            return None
+        tokens = self._without_sent(k).tokens.tolist()
+        return tokens.index(token) if token in tokens else len(tokens)
 
     @property
     def can_fork(self) -> bool:
         """Whether some accepted length has known candidates but no branches yet."""
-        return len(self.candidates) > len(self._forked)
+        return len(self.candidates) > len(self._forked) and self.awaited is None
 
-    def outcomes(self) -> dict[int, Candidates]:
+    @property
+    def can_fork_awaited(self) -> bool:
+        """Whether the branch that the target waits for is still to be forked, and can be."""
+        return self.awaited is not None and not self.groups and not self.num_uncomputed
+
+    def outcomes(self, acceptance: float) -> dict[int, Candidates]:
         """What may end this round, for each accepted length that has no branches yet: [num_candidates].
 
-        Likeliest first. The log-probabilities are those of the whole outcome as the draft sees it: that the
-        target agrees with the first k drafts, and goes on with this token. The k-th draft itself is left out:
-        had it been right, it would have been accepted.
+        Likeliest first. The log-probabilities are those of the whole outcome: that the first k drafts are
+        accepted, and this token comes next. Where drafts foretell the target's tokens, the draft's own law
+        says how likely that is; where they are drawn, what the target accepted of late does. The draft that
+        was sent next is left out: had it been right, it would have been accepted.
+
+        Args:
+            acceptance: of drawn drafts, per token.
         """
-        sent = self.tokens[self.num_confirmed :]
         outcomes: dict[int, Candidates] = {}
         reached = np.float32(0.0)
         for k, candidates in sorted(self.candidates.items()):
-            tokens, log_probs = candidates.tokens, candidates.log_probs
-            is_sent = tokens == (sent[k] if k < len(sent) else NO_TOKEN)
+            others = self._without_sent(k)
+            if self.is_drawn:
+                ends_here = np.float32(np.log1p(-acceptance)) if k < self.num_sent else np.float32(0.0)
+                following = np.float32(np.log(acceptance))
+            else:
+                ends_here, following = np.float32(0.0), self._log_prob_of_sent(k)
             if k not in self._forked:
-                outcomes[k] = Candidates(tokens[~is_sent], log_probs[~is_sent] + reached)
-            reached += log_probs[is_sent][0] if is_sent.any() else log_probs[-1]
+                outcomes[k] = Candidates(others.tokens, others.log_probs + (reached + ends_here))
+            reached += following
         return outcomes
+
+    def _without_sent(self, k: int) -> Candidates:
+        candidates = self.candidates[k]
+        others = candidates.tokens != self._sent(k)
+        return Candidates(candidates.tokens[others], candidates.log_probs[others])
+
+    def _log_prob_of_sent(self, k: int) -> np.float32:
+        candidates = self.candidates[k]
+        of_sent = candidates.log_probs[candidates.tokens == self._sent(k)]
+        return of_sent[0] if len(of_sent) else candidates.log_probs[-1]
+
+    def _sent(self, k: int) -> int:
+        """The draft at the k-th place, if there is one."""
+        return self.tokens[self.num_confirmed + k] if k < self.num_sent else NO_TOKEN
 
     def fork(self, branches: dict[int, list[int]], copies: BlockCopies) -> BranchGroup | None:
         """Fork branches.
@@ -196,10 +276,15 @@ class DraftRequest:
         chains[:, 0] = tokens
         return BranchGroup(self.num_entries, ks, roots, chains, tables, num_shared, private_blocks)
 
-    def _adopt(self, outcome: RoundOutcome) -> bool:
+    def _continues(self, tokens: list[int]) -> bool:
+        """Whether these are drafts that were sent, and then one token."""
+        k = len(tokens) - 1
+        return tokens[:k] == self.tokens[self.num_confirmed :][:k]
+
+    def _adopt(self, outcome: RoundOutcome) -> list[Float32Array] | None:
         k = len(outcome.tokens) - 1
-        if k > self.num_sent or outcome.tokens[:k] != self.tokens[self.num_confirmed :][:k]:
-            return False
+        if not self._continues(outcome.tokens):
+            return None
         for group in self.groups:
             branch = group.find(k, outcome.tokens[k])
             if branch is None or group.steps == 0:
@@ -208,8 +293,8 @@ class DraftRequest:
             known = group.chains[branch, 1 : 1 + min(num_drafts, group.steps)].tolist()
             if known == outcome.drafts:
                 self._become(group, branch, outcome)
-                return True
-        return False
+                return group.laws(branch, num_drafts) if self.is_drawn else []
+        return None
 
     def _become(self, group: BranchGroup, branch: int, outcome: RoundOutcome) -> None:
         root = int(group.roots[branch])

@@ -17,7 +17,7 @@ class RowSampling:
     """How each of L wanted positions is sampled; see `vllm_ssd.channel.Sampling`."""
 
     temperatures: Float32Array  # [L], 0: greedy
-    seeds: Int64Array  # [L]
+    seeds: Int64Array  # [L], of the noise
     top_k: Int32Array  # [L], 0: all tokens
     top_p: Float32Array  # [L]
 
@@ -36,10 +36,22 @@ class Rows:
 
 @dataclass(frozen=True)
 class Candidates:
-    """The likeliest next tokens at L positions, most likely first; where sampled, with the noise added."""
+    """The likeliest next tokens at L positions, most likely first; in coupled rows with the noise added."""
 
     tokens: Int64Array  # [L, num_candidates]
     log_probs: Float32Array  # [L, num_candidates], natural logarithms
+    drawn: Int64Array | None = None  # [L], where drafts are drawn and not the likeliest tokens
+    laws: Float32Array | None = None  # [L, V], what `drawn` was drawn from
 
     def __getitem__(self, rows: int | slice) -> Candidates:
-        return Candidates(self.tokens[rows], self.log_probs[rows])
+        return Candidates(
+            self.tokens[rows],
+            self.log_probs[rows],
+            None if self.drawn is None else self.drawn[rows],
+            None if self.laws is None else self.laws[rows],
+        )
+
+    @property
+    def drafts(self) -> Int64Array:
+        """[L] the next draft at each position."""
+        return self.tokens[:, 0] if self.drawn is None else self.drawn

@@ -18,10 +18,11 @@ import numpy.typing as npt
 from vllm_ssd.channel import (
     Channel,
     Configure,
+    Missed,
+    MissedRow,
     Outcomes,
     Reset,
     RoundOutcome,
-    Sampling,
     Shutdown,
     Start,
     Stop,
@@ -30,9 +31,12 @@ from vllm_ssd.channel import (
 from vllm_ssd.counters import Counters
 from vllm_ssd.draft.blocks import BlockPool
 from vllm_ssd.draft.branches import BranchGroup
+from vllm_ssd.draft.measured import Measured, OutcomeStatistics
 from vllm_ssd.draft.requests import BlockCopies, DraftRequest
 from vllm_ssd.draft.rows import Candidates, Rows, RowSampling
-from vllm_ssd.fanout import global_fanout, listed_fanout, scale_fanout, uniform_fanout
+from vllm_ssd.draft_laws import DraftLaws
+from vllm_ssd.fanout import geometric_fanout, global_fanout, listed_fanout, scale_fanout, uniform_fanout
+from vllm_ssd.noise import draft_seed
 from vllm_ssd.outcome import OutcomeCache
 
 IDLE_POLL_MS = 200
@@ -70,21 +74,30 @@ class DraftServer:
         channel: messages from the target.
         cache: the outcome cache to publish in.
         counters: the draft's counters (`vllm_ssd.counters.DRAFT_FIELDS`).
+        laws: where to leave what drafts were drawn from; None where verification is coupled.
     """
 
     def __init__(
-        self, configure: Configure, engine: Engine, channel: Channel, cache: OutcomeCache, counters: Counters
+        self,
+        configure: Configure,
+        engine: Engine,
+        channel: Channel,
+        cache: OutcomeCache,
+        counters: Counters,
+        laws: DraftLaws | None = None,
     ) -> None:
         self._configure = configure
         self._engine = engine
         self._channel = channel
         self._cache = cache
         self._counters = counters
+        self._laws = laws
         self._pool = BlockPool(engine.num_blocks, engine.block_size)
         self._requests: dict[int, DraftRequest] = {}  # by slot
         self._num_drafts = configure.num_speculative_tokens
         self._num_candidates = min(configure.branch_budget + 1, engine.vocab_size)
         self._starved: set[int] = set()  # slots that wait for KV blocks
+        self._measured = Measured(configure.branch_budget)
 
     def run(self) -> None:
         """Serve until told to shut down."""
@@ -107,6 +120,9 @@ class DraftServer:
         elif isinstance(message, Outcomes):
             for outcome in message.rows:
                 self._settle(outcome)
+        elif isinstance(message, Missed):
+            for missed in message.rows:
+                self._await_drafts(missed)
         elif isinstance(message, Stop):
             request = self._requests.get(message.slot)
             if request is not None and request.epoch == message.epoch:
@@ -118,10 +134,13 @@ class DraftServer:
     def step(self) -> bool:
         """Fork what can be forked, run one forward, publish its tokens; False if there was nothing to do."""
         self._fork()
-        trunk_rows = self._trunk_rows()
-        groups = self._groups(below=self._num_drafts)
+        requests = [request for request in self._requests.values() if request.is_urgent]
+        trunk_rows, groups = self._trunk_rows(requests), self._groups(requests, below=self._num_drafts)
         if not trunk_rows and not groups:
-            groups = self._groups(below=self._num_drafts + 1)  # idle: compute the tips
+            requests = list(self._requests.values())
+            trunk_rows, groups = self._trunk_rows(requests), self._groups(requests, below=self._num_drafts)
+        if not trunk_rows and not groups:
+            groups = self._groups(requests, below=self._num_drafts + 1)  # idle: compute the tips
         if not trunk_rows and not groups:
             return False
         began = time.perf_counter_ns()
@@ -145,6 +164,7 @@ class DraftServer:
             self._num_drafts,
             self._engine.max_model_len,
             message.sampling,
+            is_drawn=self._laws is not None and message.sampling.temperature > 0,
         )
 
     def _stop(self, slot: int) -> None:
@@ -152,21 +172,52 @@ class DraftServer:
         self._requests.pop(slot).release()
         self._starved.clear()
 
-    def _settle(self, outcome: RoundOutcome) -> None:
-        request = self._requests.get(outcome.slot)
-        if request is None or (request.epoch, request.round) != (outcome.epoch, outcome.round):
+    def _await_drafts(self, missed: MissedRow) -> None:
+        request = self._asked_about(missed)
+        if request is None:
             return
-        if request.settle(outcome):
+        self._measure(request, missed.tokens)
+        if request.await_drafts(missed.tokens, missed.num_drafts):
+            self._cache.close_branches(missed.slot)
+            self._starved.clear()
+
+    def _settle(self, outcome: RoundOutcome) -> None:
+        request = self._asked_about(outcome)
+        if request is None:
+            return
+        if request.awaited is None:
+            self._measure(request, outcome.tokens)
+        laws = request.settle(outcome)
+        if laws is not None:
             self._counters.add("adopted")
+        if laws and self._laws is not None:
+            self._laws.publish(request.slot, request.epoch, request.round, laws)
         self._starved.clear()  # the branches that did not come true have given their blocks back
+
+    def _asked_about(self, row: MissedRow | RoundOutcome) -> DraftRequest | None:
+        """The request, unless the message is of an epoch or round that is over."""
+        request = self._requests.get(row.slot)
+        if request is None or (request.epoch, request.round) != (row.epoch, row.round):
+            return None
+        return request
+
+    def _measure(self, request: DraftRequest, tokens: list[int]) -> None:
+        """Learn from the target's decision on a round."""
+        statistics = self._measured.of(request.verifies_branch, request.sampling.temperature)
+        k = len(tokens) - 1
+        statistics.add(k, request.num_sent, request.rank(k, tokens[k]))
 
     def _fork(self) -> None:
         copies = BlockCopies()
         budget = self._branch_budget()
         for request in self._requests.values():
-            if not request.can_fork:
+            if request.awaited is not None and request.can_fork_awaited:
+                branches = {request.awaited.k: [request.awaited.token]}
+            elif request.can_fork:
+                branches = self._choose_branches(request, budget)
+            else:
                 continue
-            group = request.fork(self._choose_branches(request, budget), copies)
+            group = request.fork(branches, copies)
             if group is None:
                 continue
             self._counters.add("branches", len(group))
@@ -183,11 +234,25 @@ class DraftServer:
 
     def _choose_branches(self, request: DraftRequest, budget: int) -> dict[int, list[int]]:
         """The tokens to fork at each accepted length of the request that has no branches yet."""
-        outcomes = request.outcomes()
-        counts = self._fan_out(request, outcomes, budget)
-        return {k: outcomes[k].tokens[: counts[k]].tolist() for k in outcomes}
+        statistics = self._measured.of(request.verifies_branch, request.sampling.temperature)
+        outcomes = request.outcomes(statistics.acceptance)
+        counts = self._fan_out(request, statistics, outcomes, budget)
+        left = (
+            self._configure.branch_budget - request.num_entries
+        )  # a list may have changed since the last fork
+        branches = {}
+        for k, candidates in outcomes.items():
+            branches[k] = candidates.tokens[: min(counts[k], left)].tolist()
+            left -= len(branches[k])
+        return branches
 
-    def _fan_out(self, request: DraftRequest, outcomes: dict[int, Candidates], budget: int) -> dict[int, int]:
+    def _fan_out(
+        self,
+        request: DraftRequest,
+        statistics: OutcomeStatistics,
+        outcomes: dict[int, Candidates],
+        budget: int,
+    ) -> dict[int, int]:
         """Branches for each accepted length in `outcomes`."""
         fan_out = uniform_fanout(request.num_sent, budget)
         if self._configure.fanout == "global":
@@ -196,14 +261,16 @@ class DraftServer:
             log_probs = [candidates.log_probs for candidates in outcomes.values()]
             counts = global_fanout(log_probs, max(0, budget - request.num_entries - later))
             return dict(zip(outcomes, counts, strict=True))
-        if not isinstance(self._configure.fanout, str):
+        if self._configure.fanout == "geometric":
+            fan_out = geometric_fanout(statistics.acceptance, statistics.exponent, request.num_sent, budget)
+        elif not isinstance(self._configure.fanout, str):
             fan_out = scale_fanout(listed_fanout(self._configure.fanout, request.num_sent), budget)
         return {k: fan_out[k] for k in outcomes}
 
-    def _trunk_rows(self) -> list[TrunkRow]:
+    def _trunk_rows(self, requests: list[DraftRequest]) -> list[TrunkRow]:
         rows: list[TrunkRow] = []
         room = self._configure.prefill_chunk
-        for request in self._requests.values():
+        for request in requests:
             if not request.num_uncomputed or not request.fits or request.slot in self._starved or not room:
                 continue
             if not request.reserve():
@@ -215,16 +282,13 @@ class DraftServer:
             rows.append(TrunkRow(request, num_tokens))
         return rows
 
-    def _groups(self, below: int) -> list[tuple[DraftRequest, BranchGroup]]:
+    def _groups(self, requests: list[DraftRequest], below: int) -> list[tuple[DraftRequest, BranchGroup]]:
         """Groups with fewer than `below` steps behind them, the least advanced first, as many as rows allow.
 
         More than allowed exist only while requests arrive: those there before had more of the rows each.
         """
         waiting = [
-            (request, group)
-            for request in self._requests.values()
-            for group in request.groups
-            if group.steps < below
+            (request, group) for request in requests for group in request.groups if group.steps < below
         ]
         waiting.sort(key=lambda pair: pair[1].steps)
         room = self._configure.max_rows
@@ -265,7 +329,7 @@ def _wanted_lengths(row: TrunkRow) -> range:
 
 def _build_rows(trunk_rows: list[TrunkRow], groups: list[tuple[DraftRequest, BranchGroup]]) -> Rows:
     tokens, positions, query_lens, tables, wanted = [], [], [], [], []
-    sampling: list[Sampling] = []
+    asked_for: list[DraftRequest] = []  # whose each wanted position is
     num_tokens = 0
     for row in trunk_rows:
         begin, end = row.request.num_computed, row.request.num_computed + row.num_tokens
@@ -275,14 +339,14 @@ def _build_rows(trunk_rows: list[TrunkRow], groups: list[tuple[DraftRequest, Bra
         tables.append(row.request.block_table()[None, :])
         num_tokens += row.num_tokens
         wanted.append(np.arange(num_tokens - len(_wanted_lengths(row)), num_tokens))
-        sampling += [row.request.sampling] * len(wanted[-1])
+        asked_for += [row.request] * len(wanted[-1])
     for request, group in groups:
         tokens.append(group.next_tokens)
         positions.append(group.next_positions)
         query_lens.append(np.ones(len(group), dtype=np.int32))
         tables.append(group.block_tables)
         wanted.append(np.arange(num_tokens, num_tokens + len(group)))
-        sampling += [request.sampling] * len(group)
+        asked_for += [request] * len(group)
         num_tokens += len(group)
     return Rows(
         np.concatenate(tokens),
@@ -290,14 +354,19 @@ def _build_rows(trunk_rows: list[TrunkRow], groups: list[tuple[DraftRequest, Bra
         np.concatenate(query_lens),
         np.concatenate(tables),
         np.concatenate(wanted),
-        _sampling_of_rows(sampling) if any(how.temperature for how in sampling) else None,
+        _sampling_of_rows(asked_for) if any(request.sampling.temperature for request in asked_for) else None,
     )
 
 
-def _sampling_of_rows(sampling: list[Sampling]) -> RowSampling:
+def _sampling_of_rows(requests: list[DraftRequest]) -> RowSampling:
+    sampling = [request.sampling for request in requests]
+    seeds = [
+        draft_seed(request.sampling.seed, request.round) if request.is_drawn else request.sampling.seed
+        for request in requests
+    ]
     return RowSampling(
         np.array([how.temperature for how in sampling], dtype=np.float32),
-        np.array([how.seed for how in sampling], dtype=np.int64),
+        np.array(seeds, dtype=np.int64),
         np.array([how.top_k for how in sampling], dtype=np.int32),
         np.array([how.top_p for how in sampling], dtype=np.float32),
     )

@@ -1,0 +1,69 @@
+"""The laws that served drafts were drawn from, in memory that both halves map: [slots, K, vocabulary] of q.
+
+Only ratio verification needs them. The draft writes those of the branch that an outcome adopted, after the
+message that tells it so and while the target verifies; the target reads them when it samples. An entry is
+keyed by epoch and round as the outcome cache is, and needs no lock for the same reason.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_ssd.shared import map_array
+
+Float32Array = npt.NDArray[np.float32]
+
+LAWS_FILE, KEYS_FILE = "draft-laws", "draft-laws-keys"
+EPOCH, ROUND, DEPTH = range(3)
+
+
+class PointMass:
+    """The law of drafts that were not drawn: all of it on the draft itself."""
+
+
+class Unknown:
+    """The law did not arrive: the drafts cannot be verified."""
+
+
+DraftLaw = Float32Array | PointMass | Unknown  # an array is [at least the row's number of drafts, V]
+
+
+class DraftLaws:
+    """Both halves' view of the table.
+
+    Args:
+        shared_dir: folder both processes see, in memory if possible.
+        max_slots: requests at once.
+        num_speculative_tokens: K.
+        vocab_size: V.
+        create: True in the process that owns the files (the target's worker).
+
+    Raises:
+        OSError: if there is no room for the table.
+    """
+
+    def __init__(
+        self, shared_dir: Path, max_slots: int, num_speculative_tokens: int, vocab_size: int, *, create: bool
+    ) -> None:
+        shape = (max_slots, num_speculative_tokens, vocab_size)
+        self._laws: Float32Array = map_array(shared_dir / LAWS_FILE, np.float32, shape, create=create)
+        self._keys = map_array(shared_dir / KEYS_FILE, np.int64, (max_slots, 3), create=create)
+
+    def publish(self, slot: int, epoch: int, round_: int, laws: list[Float32Array]) -> None:
+        """Write the laws of the drafts that are verified in `round_`, one of [V] each."""
+        key = self._keys[slot]
+        key[DEPTH] = 0  # nothing matches while the rest changes
+        key[EPOCH], key[ROUND] = epoch, round_
+        for depth, law in enumerate(laws):
+            self._laws[slot, depth] = law
+        key[DEPTH] = len(laws)
+
+    def read(self, slot: int, epoch: int, round_: int, num_drafts: int) -> Float32Array | None:
+        """[at least num_drafts, V], not a copy; None as long as it is not there."""
+        key = self._keys[slot].tolist()
+        if key[EPOCH] != epoch or key[ROUND] != round_ or key[DEPTH] < num_drafts:
+            return None
+        return self._laws[slot, : key[DEPTH]]

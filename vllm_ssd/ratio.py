@@ -1,0 +1,81 @@
+"""Ratio verification on the target: rejection sampling of drafts that were sampled from a known law q.
+
+A draft x is accepted if u < p(x) / q(x), strictly; else the recovery token is drawn from max(p - q, 0),
+renormalised (Leviathan et al., arXiv 2211.17192). q must be what x was really drawn from, every modification
+in it (Saguaro sampling too); drafts that nobody drew (n-gram) are point masses. A row whose q did not arrive
+takes one token from p, as if it had no drafts. All that is drawn here is keyed by (seed, position), and
+independent of what the draft drew with. Why that is exact: docs/exactness.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_ssd import compat
+from vllm_ssd.draft_laws import DraftLaw, PointMass, Unknown
+from vllm_ssd.noise import accept_seeds, gumbel, uniform
+from vllm_ssd.verification import Places, draw, new_tokens
+
+
+@contextmanager
+def ratio_sampling(sampler: Any, places: Places, laws: Sequence[DraftLaw]) -> Iterator[None]:
+    """Let vLLM's V1 samplers verify by ratio.
+
+    Args:
+        sampler: vLLM's sampler; what it does before it draws (temperature, penalties, ...) stays as it is.
+        places: of the one step that is sampled meanwhile.
+        laws: [B], of each row's drafts.
+    """
+    with compat.sampling_replaced(sampler, partial(draw, places), partial(verify, places, laws)):
+        yield
+
+
+def verify(
+    places: Places, laws: Sequence[DraftLaw], drafts: Tensor, logits: Tensor, bonus: Tensor
+) -> list[list[int]]:
+    """The new tokens of each row.
+
+    Args:
+        laws: [B].
+        drafts: [N], row after row.
+        logits: [N, V] at the drafts' places, after all constraints.
+        bonus: [B], what `draw` returned.
+    """
+    rows, positions = places.of_drafts()
+    seeds, at_draft, is_greedy = places.seeds[rows], drafts[:, None].long(), places.is_greedy[rows]
+    p = logits.softmax(dim=-1)
+    q, is_known = _stacked(laws, places.num_drafts.tolist(), at_draft, p)
+    u = uniform(accept_seeds(seeds), positions)
+    is_kept = is_known & (u * q.gather(1, at_draft)[:, 0] < p.gather(1, at_draft)[:, 0])
+    rest = (p - q).clamp_(min=0.0)
+    # Where q is p up to rounding nothing is left, and p is as good.
+    rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p)
+    recovery = (rest.log() + gumbel(seeds, positions, p.shape[-1])).argmax(dim=-1)
+    likeliest = logits.argmax(dim=-1)
+    is_kept = torch.where(is_greedy, drafts == likeliest, is_kept)
+    tokens = torch.where(is_greedy, likeliest, torch.where(is_kept, drafts, recovery))
+    return new_tokens(places.num_drafts.tolist(), is_kept.tolist(), tokens.tolist(), bonus.tolist())
+
+
+def _stacked(
+    laws: Sequence[DraftLaw], num_drafts: Sequence[int], at_draft: Tensor, p: Tensor
+) -> tuple[Tensor, Tensor]:
+    """q at every draft's place [N, V], zero where it is unknown, and where it is known [N]."""
+    q, is_known = torch.zeros_like(p), torch.ones(len(p), dtype=torch.bool)
+    begin = 0
+    for law, count in zip(laws, num_drafts, strict=True):
+        part = slice(begin, begin + count)
+        if isinstance(law, PointMass):
+            q[part].scatter_(1, at_draft[part], 1.0)
+        elif isinstance(law, Unknown):
+            is_known[part] = False
+        else:
+            q[part] = torch.from_numpy(law[:count])
+        begin += count
+    return q, is_known

@@ -1,0 +1,68 @@
+"""What the verifiers of sampled requests share: where a step samples, and which tokens it yields.
+
+A verifier decides at every draft's place whether the draft is kept, and which token stands there if not; the
+first place whose draft is not kept ends the row. Greedy rows of the batch are the limit of temperature 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_ssd.noise import gumbel
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where one step of a batch of B requests samples."""
+
+    seeds: Tensor  # [B] int64
+    positions: Tensor  # [B] int64, of each request's last token
+    num_drafts: Tensor  # [B] int64, drafts to verify after it; N in all
+    is_greedy: Tensor  # [B] bool
+
+    def of_drafts(self) -> tuple[Tensor, Tensor]:
+        """Of each draft's place: its row [N], and its position [N] (that of the token before it)."""
+        counts = self.num_drafts
+        rows = torch.arange(len(counts)).repeat_interleave(counts)
+        offsets = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
+        return rows, self.positions[rows] + offsets
+
+
+def draw(places: Places, logits: Tensor) -> Tensor:
+    """The token of each row after all its drafts: [B, V] constrained logits -> [B]."""
+    return sample(places, torch.arange(len(logits)), places.positions + places.num_drafts, logits)
+
+
+def sample(places: Places, rows: Tensor, positions: Tensor, logits: Tensor) -> Tensor:
+    """argmax(log p + g), or the likeliest token of a greedy row: [n] places, [n, V] logits -> [n]."""
+    noise = gumbel(places.seeds[rows], positions, logits.shape[-1])
+    return (logits + noise.masked_fill_(places.is_greedy[rows, None], 0.0)).argmax(dim=-1)
+
+
+def new_tokens(
+    num_drafts: Sequence[int], is_kept: Sequence[bool], tokens: Sequence[int], bonus: Sequence[int]
+) -> list[list[int]]:
+    """The new tokens of each row: drafts as long as they are kept, then one of the target's own.
+
+    Args:
+        num_drafts: [B], they sum to N.
+        is_kept: [N].
+        tokens: [N], the draft where it is kept, else the token in its stead.
+        bonus: [B], the target's token after all drafts.
+    """
+    rows, begin = [], 0
+    for count, last in zip(num_drafts, bonus, strict=True):
+        row = []
+        for kept, token in zip(is_kept[begin : begin + count], tokens[begin : begin + count], strict=True):
+            row.append(token)
+            if not kept:
+                break
+        else:
+            row.append(last)
+        rows.append(row)
+        begin += count
+    return rows
