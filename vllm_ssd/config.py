@@ -57,8 +57,8 @@ class SSDSpeculativeConfig(SpeculativeConfig):
     """With ssd_verify "ratio": weight of the likeliest tokens when the draft samples. Less than 1 means more
     hits and less acceptance."""
     ssd_fallback: Literal["none", "ngram", "draft", "auto"] = "none"
-    """Drafts of a row whose outcome was not foreseen: none (one exact autoregressive step), n-gram, just-in-time
-    drafts of the draft model, for which the batch waits, or whichever of the last two is measured to pay."""
+    """Drafts of a row whose outcome was not foreseen: none (one exact autoregressive step), ngram, draft
+    (of the draft model, just in time: the batch waits), or auto: whichever of the two is measured to pay."""
     ssd_draft_cores: str | None = None
     """CPU cores of the draft process, as in "1" or "8-11,15". Default: the last core the target leaves."""
     ssd_draft_memory: float = Field(default=0.5, gt=0)

@@ -1,4 +1,4 @@
-"""What rows get whose outcome was not foreseen: nothing, n-gram drafts, or just-in-time drafts of the draft model.
+"""What a row gets whose outcome was not foreseen: nothing, n-gram drafts, or just-in-time ones of the draft.
 
 Nothing and n-grams cost no time. Just-in-time drafts cost the whole batch the draft's steps, and are worth it
 where few rows wait for many; `Costs` has what that depends on, as measured.

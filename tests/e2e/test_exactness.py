@@ -1,10 +1,19 @@
-"""Sampled output has exactly the target's law: compared with the law computed by enumeration."""
+"""Sampled output has exactly the target's law: compared with the law computed by enumeration.
+
+With VLLM_SSD_FULL=1 each path is sampled 20,000 times and may be rejected at p < 0.001 over all tests;
+that takes half an hour on two cores.
+"""
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import os
+import random
+import textwrap
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +25,19 @@ from engines import Engines, generate, give_draft_time, in_worker, ssd, stats
 from scipy.stats import chisquare
 from transformers import LlamaForCausalLM
 
-pytestmark = pytest.mark.timeout(240)
+from vllm_ssd import ratio
+from vllm_ssd.draft_laws import PointMass
+from vllm_ssd.proposer import Proposer
+
+FULL = os.environ.get("VLLM_SSD_FULL") == "1"
+pytestmark = pytest.mark.timeout(1200 if FULL else 240)
 
 VOCAB, K = 8, 3
 PROMPT = [2, 5, 3, 7, 2, 5, 3]
 NUM_TOKENS, NUM_ENUMERATED = 10, 3
-REJECT = 1e-3  # of two independent samples, both
+NUM_SAMPLES = 20_000 if FULL else 2_400  # of each path, over its laws
+NUM_TESTS = 100  # statistical tests in this file, at most
+REJECT = 1e-3 / NUM_TESTS if FULL else 1e-3  # of two independent samples, both
 CERTAIN = 1e-6
 
 Float64Array = npt.NDArray[np.float64]
@@ -31,15 +47,19 @@ Float64Array = npt.NDArray[np.float64]
 class Law:
     """The target's distribution of each next token, as the sampling parameters shape it."""
 
-    model: LlamaForCausalLM
     temperature: float
     top_k: int = 0
     top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
     @torch.inference_mode()
-    def next_tokens(self, sequences: Sequence[Sequence[int]]) -> Float64Array:
-        """[sequences, length, VOCAB]: the law of the token after each position."""
-        logits = self.model(input_ids=torch.tensor(sequences)).logits.double().numpy() / self.temperature
+    def next_tokens(self, model: LlamaForCausalLM, outputs: Sequence[Sequence[int]]) -> Float64Array:
+        """[outputs, length, VOCAB]: the law of each output token, given the prompt and those before it."""
+        sequences = np.array([[*PROMPT, *output] for output in outputs])
+        logits = model(input_ids=torch.tensor(sequences)).logits.double().numpy()[:, len(PROMPT) - 1 : -1]
+        logits = self._penalised(logits, sequences) / self.temperature
         order = np.argsort(-logits, axis=-1)
         rank = np.argsort(order, axis=-1)
         if self.top_k:
@@ -51,14 +71,22 @@ class Law:
         law = np.where(np.take_along_axis(before, rank, axis=-1) < self.top_p, law, 0.0)
         return law / law.sum(axis=-1, keepdims=True)
 
-    def of_first_tokens(self) -> dict[tuple[int, ...], float]:
+    def _penalised(self, logits: Float64Array, sequences: npt.NDArray[np.int64]) -> Float64Array:
+        """As vLLM defines the three penalties: repetition counts the prompt, the others do not."""
+        once = np.eye(VOCAB)[sequences]
+        in_prompt = once[:, : len(PROMPT)].max(axis=1, keepdims=True)
+        seen = once[:, len(PROMPT) :].cumsum(axis=1) - once[:, len(PROMPT) :]  # times, before each position
+        is_repeated = np.maximum(in_prompt, seen) > 0
+        factor = np.where(logits > 0, 1 / self.repetition_penalty, self.repetition_penalty)
+        logits = np.where(is_repeated, logits * factor, logits)
+        return logits - self.frequency_penalty * seen - self.presence_penalty * (seen > 0)
+
+    def of_first_tokens(self, model: LlamaForCausalLM) -> dict[tuple[int, ...], float]:
         """The joint law of the first tokens, by enumeration."""
-        sequences = list(itertools.product(range(VOCAB), repeat=NUM_ENUMERATED))
-        laws = self.next_tokens([[*PROMPT, *tokens] for tokens in sequences])
-        first = len(PROMPT) - 1
+        outputs = list(itertools.product(range(VOCAB), repeat=NUM_ENUMERATED))
         return {
-            tokens: float(np.prod([law[first + i, token] for i, token in enumerate(tokens)]))
-            for tokens, law in zip(sequences, laws, strict=True)
+            tokens: float(np.prod([law[i, token] for i, token in enumerate(tokens)]))
+            for tokens, law in zip(outputs, self.next_tokens(model, outputs), strict=True)
         }
 
 
@@ -77,21 +105,21 @@ def pearson(observed: Sequence[float], expected: Sequence[float]) -> float:
     return float(chisquare(counts, means * counts.sum() / means.sum()).pvalue)
 
 
-def p_of_first_tokens(samples: list[list[int]], law: Law) -> float:
-    joint = law.of_first_tokens()
+def p_of_first_tokens(model: LlamaForCausalLM, samples: list[list[int]], law: Law) -> float:
+    joint = law.of_first_tokens(model)
     counts = dict.fromkeys(joint, 0)
     for sample in samples:
         counts[tuple(sample[:NUM_ENUMERATED])] += 1
     return pearson([counts[tokens] for tokens in joint], [len(samples) * p for p in joint.values()])
 
 
-def p_of_all_tokens(samples: list[list[int]], law: Law) -> float:
+def p_of_all_tokens(model: LlamaForCausalLM, samples: list[list[int]], law: Law) -> float:
     """All tokens of all positions, and neighbours jointly.
 
     Each token becomes a number that is uniform and independent of the others if the law is right: a random
     point of the token's interval, where the tokens' probabilities lie side by side, likeliest first.
     """
-    laws = law.next_tokens([[*PROMPT, *sample] for sample in samples])[:, len(PROMPT) - 1 : -1]
+    laws = law.next_tokens(model, samples)
     tokens = np.array(samples)[..., None]
     chosen = np.take_along_axis(laws, tokens, axis=-1)
     before = np.where(laws > chosen, laws, 0.0).sum(axis=-1)
@@ -109,31 +137,36 @@ def sample(llm: Any, laws: Sequence[Law], count: int) -> list[list[list[int]]]:
     from vllm import SamplingParams
 
     params = [
-        SamplingParams(
-            temperature=law.temperature,
-            top_k=law.top_k,
-            top_p=law.top_p,
-            max_tokens=NUM_TOKENS,
-            ignore_eos=True,
-            detokenize=False,
-        )
+        SamplingParams(**asdict(law), max_tokens=NUM_TOKENS, ignore_eos=True, detokenize=False)
         for law in laws
     ]
     outputs = generate(llm, [PROMPT] * (count * len(laws)), params * count)
     return [outputs[index :: len(laws)] for index in range(len(laws))]
 
 
-def assert_exact(draw: Callable[[], list[list[list[int]]]], laws: Sequence[Law]) -> None:
+def p_values(model: LlamaForCausalLM, llm: Any, laws: Sequence[Law], count: int) -> dict[Any, float]:
+    """Of new samples, two tests for each law."""
+    return {
+        (law, test.__name__): test(model, samples, law)
+        for law, samples in zip(laws, sample(llm, laws, count), strict=True)
+        for test in (p_of_first_tokens, p_of_all_tokens)
+    }
+
+
+def assert_exact(model: LlamaForCausalLM, llm: Any, laws: Sequence[Law]) -> None:
     """Not rejected; or if by chance, then not again on new samples."""
     for attempt in (1, 2):
-        found = {}
-        for law, samples in zip(laws, draw(), strict=True):
-            found[law.temperature, law.top_k, law.top_p, "first"] = p_of_first_tokens(samples, law)
-            found[law.temperature, law.top_k, law.top_p, "all"] = p_of_all_tokens(samples, law)
+        found = p_values(model, llm, laws, NUM_SAMPLES // len(laws))
         print(attempt, found)
         if min(found.values()) >= REJECT:
             return
     pytest.fail(f"rejected twice: {found}")
+
+
+def assert_rejected(model: LlamaForCausalLM, llm: Any, laws: Sequence[Law]) -> None:
+    found = p_values(model, llm, laws, NUM_SAMPLES // len(laws))
+    print(found)
+    assert min(found.values()) < CERTAIN
 
 
 @pytest.fixture(scope="module")
@@ -141,56 +174,88 @@ def model(small_vocabulary_pair: tuple[Path, Path]) -> LlamaForCausalLM:
     return LlamaForCausalLM.from_pretrained(small_vocabulary_pair[0], dtype=torch.float32).eval()
 
 
-def engine(engines: Engines, pair: tuple[Path, Path], verify: str, fallback: str = "none") -> Any:
+def vary_drafts_time(worker: Any) -> None:
+    """Outcomes at any moment: some find all drafts made, some find a few or none."""
+    runner = worker.model_runner
+    stock, rng = runner.propose_draft_token_ids, random.Random(0)
+
+    def propose(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(rng.choice([0.0, 0.002, 0.005, 0.01, 0.02]))
+        return stock(*args, **kwargs)
+
+    runner.propose_draft_token_ids = propose
+
+
+def engine(engines: Engines, pair: tuple[Path, Path], num_drafts: int = K, **options: Any) -> Any:
     """Few branches for each request of a full batch, so that hits and misses mix."""
-    options = {"ssd_verify": verify, "ssd_fallback": fallback}
-    speculative = ssd(pair[1], K, ssd_branch_budget=12, ssd_max_rows=96, **options)
-    llm = engines.get(pair[0], speculative, max_num_seqs=12, max_model_len=128)
-    in_worker(llm, give_draft_time)
-    return llm
+    speculative = ssd(pair[1], num_drafts, ssd_branch_budget=12, ssd_max_rows=96, **options)
+    return engines.get(pair[0], speculative, max_num_seqs=24, max_model_len=128)
 
 
-@pytest.mark.parametrize(
-    ("verify", "fallback"), [("ratio", "ngram"), ("coupled", "ngram"), ("ratio", "none")]
-)
+TEMPERATURES = [Law(0.5), Law(1.5)]
+CONSTRAINED = [Law(1.0, top_k=3), Law(1.0, top_p=0.8), Law(1.3, 5, 0.9), Law(0.7)]
+PENALISED = [
+    Law(1.0, repetition_penalty=1.5),
+    Law(0.8, presence_penalty=0.7, frequency_penalty=0.4),
+    Law(1.2, 6, 0.9, 0.8, -0.3, 0.2),
+]
+PATHS: dict[str, tuple[list[Law], dict[str, Any]]] = {
+    "coupled": (TEMPERATURES, {}),
+    "coupled, top-k, top-p": (CONSTRAINED, {}),
+    "coupled, penalties": (PENALISED, {}),
+    "coupled, n-gram": ([Law(0.7), Law(1.3)], {"ssd_fallback": "ngram"}),
+    "coupled, just in time": ([Law(0.7), Law(1.3)], {"ssd_fallback": "draft"}),
+    "ratio": (TEMPERATURES, {"ssd_verify": "ratio"}),
+    "ratio, top-k, top-p": (CONSTRAINED, {"ssd_verify": "ratio"}),
+    "ratio, penalties": (PENALISED, {"ssd_verify": "ratio"}),
+    "ratio, n-gram": ([Law(0.7), Law(1.3)], {"ssd_verify": "ratio", "ssd_fallback": "ngram"}),
+    "ratio, just in time": ([Law(0.7), Law(1.3)], {"ssd_verify": "ratio", "ssd_fallback": "draft"}),
+    "ratio, geometric": ([Law(1.0)], {"ssd_verify": "ratio", "ssd_fanout": "geometric"}),
+    "Saguaro 0.5": (TEMPERATURES, {"ssd_verify": "ratio", "ssd_saguaro_c": 0.5}),
+    "Saguaro 0.1": ([Law(1.0), Law(1.0, top_k=4)], {"ssd_verify": "ratio", "ssd_saguaro_c": 0.1}),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_exact(
-    engines: Engines,
-    small_vocabulary_pair: tuple[Path, Path],
-    model: LlamaForCausalLM,
-    verify: str,
-    fallback: str,
+    engines: Engines, small_vocabulary_pair: tuple[Path, Path], model: LlamaForCausalLM, path: str
 ) -> None:
-    """Rows of two temperatures in each batch."""
-    llm = engine(engines, small_vocabulary_pair, verify, fallback)
+    """Rows of all the path's laws in each batch; hits and misses too."""
+    laws, options = PATHS[path]
+    llm = engine(engines, small_vocabulary_pair, **options)
+    in_worker(llm, give_draft_time)
     before = stats(llm)
-    laws = [Law(model, 0.7), Law(model, 1.3)]
-    assert_exact(lambda: sample(llm, laws, 2000), laws)
-    after = stats(llm)
-    new = {name: after[name] - before[name] for name in ("hits", "lookups", f"fallback_{fallback}")}
+    assert_exact(model, llm, laws)
+    new = {name: value - before[name] for name, value in stats(llm).items() if name != "draft"}
+    print(new)
     assert new["hits"] > 100
     assert new["hits"] < new["lookups"] - 100
-    assert new[f"fallback_{fallback}"] > 100
+    assert new[f"fallback_{options.get('ssd_fallback', 'none')}"] > 100
 
 
-@pytest.mark.parametrize("verify", ["ratio", "coupled"])
-def test_exact_with_top_k_and_top_p(
+@pytest.mark.parametrize("verify", ["coupled", "ratio"])
+def test_exact_with_partial_depth(
     engines: Engines, small_vocabulary_pair: tuple[Path, Path], model: LlamaForCausalLM, verify: str
 ) -> None:
-    llm = engine(engines, small_vocabulary_pair, verify)
-    laws = [Law(model, 1.0, top_k=3), Law(model, 1.0, top_p=0.8), Law(model, 1.3, 5, 0.9), Law(model, 0.7)]
-    assert_exact(lambda: sample(llm, laws, 600), laws)
+    llm = engine(engines, small_vocabulary_pair, 7, ssd_verify=verify)
+    in_worker(llm, vary_drafts_time)
+    assert_exact(model, llm, [Law(0.8), Law(1.2)])
+    print(stats(llm))
 
 
 def test_a_wrong_law_is_rejected(
     engines: Engines, small_vocabulary_pair: tuple[Path, Path], model: LlamaForCausalLM
 ) -> None:
     """The tests above have the power to fail."""
-    llm = engine(engines, small_vocabulary_pair, "coupled")
-    (samples,) = sample(llm, [Law(model, 1.0)], 1000)
-    for wrong in (Law(model, 0.7), Law(model, 1.3), Law(model, 1.0, top_k=4), Law(model, 1.0, top_p=0.8)):
-        assert p_of_first_tokens(samples, wrong) < CERTAIN
-        assert p_of_all_tokens(samples, wrong) < CERTAIN
-    assert p_of_all_tokens(samples, Law(model, 1.1)) < CERTAIN
+    llm = engine(engines, small_vocabulary_pair)
+    in_worker(llm, give_draft_time)
+    laws = [Law(1.0), Law(1.0, repetition_penalty=1.5)]
+    plain, penalised = sample(llm, laws, 1000)
+    for wrong in (Law(0.7), Law(1.3), Law(1.0, top_k=4), Law(1.0, top_p=0.8), laws[1]):
+        assert p_of_first_tokens(model, plain, wrong) < CERTAIN
+        assert p_of_all_tokens(model, plain, wrong) < CERTAIN
+    assert p_of_all_tokens(model, plain, Law(1.1)) < CERTAIN
+    assert p_of_all_tokens(model, penalised, Law(1.0)) < CERTAIN
 
 
 def test_the_stock_fault_shows(
@@ -202,9 +267,80 @@ def test_the_stock_fault_shows(
     """With vLLM's own expansion of sampling parameters (compat.mend_cpu_sampling undone) the law is wrong."""
     from vllm.v1.sample import rejection_sampler
 
-    llm = engine(engines, small_vocabulary_pair, "ratio")
+    llm = engine(engines, small_vocabulary_pair, ssd_verify="ratio")
+    in_worker(llm, give_draft_time)
     override = rejection_sampler.expand_kernel
     monkeypatch.setattr(override, "_impl", override._impl._vllm_ssd)
-    laws = [Law(model, 0.7), Law(model, 1.3)]
-    found = [p_of_all_tokens(samples, law) for samples, law in zip(sample(llm, laws, 600), laws, strict=True)]
-    assert min(found) < CERTAIN
+    assert_rejected(model, llm, [Law(0.7), Law(1.3)])
+
+
+def wrong_temperature(laws: Callable[..., Any]) -> Callable[..., Any]:
+    """The verifier gets q as if it had been drawn at another temperature."""
+
+    def faulty(*args: Any) -> Any:
+        found = laws(*args)
+        warmed = [law**0.7 if isinstance(law, np.ndarray) else law for law in found]
+        return [law / law.sum(-1, keepdims=True) if isinstance(law, np.ndarray) else law for law in warmed]
+
+    return faulty
+
+
+def greedy_acceptance(verify: Callable[..., Any]) -> Callable[..., Any]:
+    """Drafts of missed rows are accepted where a greedy request would accept them."""
+
+    def faulty(places: Any, laws: Sequence[Any], *args: Any) -> Any:
+        missed = torch.tensor([isinstance(law, PointMass) for law in laws]) & (places.num_drafts > 0)
+        return verify(replace(places, is_greedy=places.is_greedy | missed), laws, *args)
+
+    return faulty
+
+
+def accepting(comparison: str, verify: Callable[..., Any]) -> Callable[..., Any]:
+    """The verifier with this comparison of u with p / q."""
+    source = textwrap.dedent(inspect.getsource(verify))
+    assert source.count(" < p.gather") == 1
+    names = dict(vars(ratio))
+    exec(source.replace(" < p.gather", f" {comparison} p.gather"), names)
+    return names["verify"]
+
+
+@pytest.mark.parametrize("fault", ["q of another temperature", "greedy acceptance on a miss"])
+def test_a_planted_fault_is_rejected(
+    engines: Engines,
+    small_vocabulary_pair: tuple[Path, Path],
+    model: LlamaForCausalLM,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str,
+) -> None:
+    llm = engine(engines, small_vocabulary_pair, ssd_verify="ratio", ssd_fallback="ngram")
+    in_worker(llm, give_draft_time)
+    if fault == "q of another temperature":
+        monkeypatch.setattr(Proposer, "laws", wrong_temperature(Proposer.laws))
+    else:
+        monkeypatch.setattr(ratio, "verify", greedy_acceptance(ratio.verify))
+    assert_rejected(model, llm, [Law(0.7), Law(1.3)])
+
+
+@pytest.mark.parametrize("comparison", ["<", "<="])
+def test_a_token_that_cannot_be_is_not_accepted_by_u_of_zero(
+    engines: Engines,
+    small_vocabulary_pair: tuple[Path, Path],
+    model: LlamaForCausalLM,
+    monkeypatch: pytest.MonkeyPatch,
+    comparison: str,
+) -> None:
+    """Our u is never 0; with one that sometimes is, `<=` lets tokens through that top-k forbids."""
+    llm = engine(engines, small_vocabulary_pair, ssd_verify="ratio", ssd_fallback="ngram")
+    in_worker(llm, give_draft_time)
+    law, stock = Law(1.0, top_k=2), ratio.uniform
+
+    def sometimes_zero(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        u = stock(seeds, positions)
+        return torch.where(u < 0.2, torch.zeros_like(u), u)
+
+    monkeypatch.setattr(ratio, "uniform", sometimes_zero)
+    monkeypatch.setattr(ratio, "verify", accepting(comparison, ratio.verify))
+    (samples,) = sample(llm, [law], 600)
+    laws = law.next_tokens(model, samples)
+    chosen = np.take_along_axis(laws, np.array(samples)[..., None], axis=-1)
+    assert (chosen <= 0).any() == (comparison == "<=")

@@ -1,4 +1,4 @@
-"""What the draft learns from past outcomes: how often drafts are accepted, how far down its list the rest lie (pure).
+"""What the draft learns from outcomes: how often drafts are accepted, how likely it held the rest (pure).
 
 Both are what Theorem 12 asks for: a, the acceptance per token, and r, the exponent of miss(F) ~ F^-r, where
 miss(F) is the share of outcomes that are not among the F likeliest candidates. Rounds are kept apart by where
@@ -35,8 +35,8 @@ class OutcomeStatistics:
         Args:
             num_accepted: k.
             num_sent: drafts that were verified.
-            rank: of the recovery or bonus token among the candidates at k, from 0; None if the candidates were
-                not known yet.
+            rank: of the recovery or bonus token among the candidates at k, from 0; None if those were not
+                known yet.
         """
         self._accepted = FADING * self._accepted + num_accepted
         self._tested = FADING * self._tested + min(num_accepted + 1, num_sent)

@@ -198,7 +198,7 @@ class DraftRequest:
         """
         outcomes: dict[int, Candidates] = {}
         reached = np.float32(0.0)
-        for k, candidates in sorted(self.candidates.items()):
+        for k in sorted(self.candidates):
             others = self._without_sent(k)
             if self.is_drawn:
                 ends_here = np.float32(np.log1p(-acceptance)) if k < self.num_sent else np.float32(0.0)

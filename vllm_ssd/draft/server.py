@@ -237,9 +237,8 @@ class DraftServer:
         statistics = self._measured.of(request.verifies_branch, request.sampling.temperature)
         outcomes = request.outcomes(statistics.acceptance)
         counts = self._fan_out(request, statistics, outcomes, budget)
-        left = (
-            self._configure.branch_budget - request.num_entries
-        )  # a list may have changed since the last fork
+        # What is measured may have changed since this round's first fork.
+        left = self._configure.branch_budget - request.num_entries
         branches = {}
         for k, candidates in outcomes.items():
             branches[k] = candidates.tokens[: min(counts[k], left)].tolist()

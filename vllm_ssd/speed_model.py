@@ -1,0 +1,126 @@
+"""How fast decoding will be for given costs: plain, with a draft model in turn (SD), and with SSD (pure).
+
+The paper's theory (arXiv 2603.03251, theorem 7) with what we build instead of a whole-batch fallback: a
+missed row verifies nothing and costs its own tokens only, and drafts are served to the depth that was
+reached. So a row is either in a round that verifies a branch or in one that verifies nothing, and goes from
+one to the other with the hit rates of the two.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vllm_ssd.fanout import geometric_fanout
+
+_ITERATIONS = 40
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds of one step, linear in what it computes."""
+
+    verify_base: float
+    verify_per_token: float
+    draft_base: float
+    draft_per_row: float
+    overhead: float = 0.0  # of SSD, on the target, in a round
+
+    def verify(self, num_tokens: float) -> float:
+        """One step of the target over so many tokens."""
+        return self.verify_base + self.verify_per_token * num_tokens
+
+    def draft(self, num_rows: float) -> float:
+        """One step of the draft over so many rows."""
+        return self.draft_base + self.draft_per_row * num_rows
+
+
+@dataclass(frozen=True)
+class PairStatistics:
+    """How well a draft foretells its target."""
+
+    acceptance: float  # a: of a draft token, given that those before it were accepted
+    miss: float  # of an outcome's token, by the likeliest candidate alone
+    exponent: float  # r: the F likeliest candidates miss with miss * F^-r
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one method at one batch size."""
+
+    tokens_per_second: float  # of the whole batch
+    round_seconds: float
+    tokens_per_round: float  # of a row
+    hit_rate: float = 0.0
+    depth: float = 0.0  # drafts that a hit finds
+
+
+def expected_tokens(acceptance: float, num_drafts: float) -> float:
+    """E = (1 - a^(K+1)) / (1 - a): new tokens of a round that verifies K drafts; K may lie between integers."""
+    return (1 - acceptance ** (num_drafts + 1)) / (1 - acceptance)
+
+
+def predict_plain(times: StepTimes, batch: int) -> Prediction:
+    """Without speculation."""
+    seconds = times.verify(batch)
+    return Prediction(batch / seconds, seconds, 1.0)
+
+
+def predict_in_turn(times: StepTimes, pair: PairStatistics, batch: int, num_drafts: int) -> Prediction:
+    """With a draft model that drafts while the target waits (SD, vLLM's draft_model)."""
+    seconds = times.verify(batch * (num_drafts + 1)) + num_drafts * times.draft(batch)
+    tokens = expected_tokens(pair.acceptance, num_drafts)
+    return Prediction(batch * tokens / seconds, seconds, tokens)
+
+
+def hit_rate(pair: PairStatistics, num_sent: int, budget: int) -> float:
+    """Of a round that verifies so many drafts, with so many branches, spread by Theorem 12."""
+    fan_out = geometric_fanout(pair.acceptance, pair.exponent, num_sent, budget)
+    rate = 0.0
+    for k, branches in enumerate(fan_out):
+        likelihood = pair.acceptance**k * (1 - pair.acceptance if k < num_sent else 1.0)
+        if branches:
+            rate += likelihood * (1 - min(1.0, pair.miss * branches**-pair.exponent))
+    return rate
+
+
+def predict_ssd(
+    times: StepTimes, pair: PairStatistics, batch: int, num_drafts: int, budget: int, max_rows: int
+) -> Prediction:
+    """With SSD.
+
+    Args:
+        batch: requests.
+        num_drafts: K.
+        budget: branches per request.
+        max_rows: of one draft step; more requests than fit share it.
+    """
+    branches = min(budget, max(1, max_rows // batch))
+    step = times.draft(batch * branches)
+    after_miss = hit_rate(pair, 0, branches)
+    seconds, sent, hit = times.verify(batch), 0.0, 0.0
+    for _ in range(_ITERATIONS):
+        # The k = K branches, and all of a round after a miss, begin one step later than the others.
+        early, late = _clipped(seconds / step, num_drafts), _clipped(seconds / step - 1, num_drafts)
+        after_hit = _interpolated(lambda drafts: hit_rate(pair, drafts, branches), sent)
+        hit = after_miss / (1 - after_hit + after_miss) if after_miss else 0.0
+        all_accepted = pair.acceptance**sent
+        depth_after_hit = all_accepted * late + (1 - all_accepted) * early
+        from_hit = hit * after_hit / max(hit * after_hit + (1 - hit) * after_miss, 1e-12)
+        depth = from_hit * depth_after_hit + (1 - from_hit) * late
+        sent += 0.5 * (depth - sent)
+        new_seconds = times.verify(batch * (1 + hit * sent)) + times.overhead
+        seconds += 0.5 * (new_seconds - seconds)
+    tokens = hit * expected_tokens(pair.acceptance, sent) + (1 - hit)
+    return Prediction(batch * tokens / seconds, seconds, tokens, hit, sent)
+
+
+def _clipped(steps: float, num_drafts: int) -> float:
+    return min(max(steps, 0.0), float(num_drafts))
+
+
+def _interpolated(function: Callable[[int], float], x: float) -> float:
+    """Between the whole numbers around x."""
+    low = math.floor(x)
+    return function(low) + (x - low) * (function(low + 1) - function(low)) if x > low else function(low)
