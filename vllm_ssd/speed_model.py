@@ -57,7 +57,7 @@ class Prediction:
 
 
 def expected_tokens(acceptance: float, num_drafts: float) -> float:
-    """E = (1 - a^(K+1)) / (1 - a): new tokens of a round that verifies K drafts; K may lie between integers."""
+    """E = (1 - a^(K+1)) / (1 - a), new tokens of a round that verifies K drafts; K need not be whole."""
     return (1 - acceptance ** (num_drafts + 1)) / (1 - acceptance)
 
 
