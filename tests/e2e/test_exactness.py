@@ -25,7 +25,7 @@ from engines import Engines, generate, give_draft_time, in_worker, ssd, stats
 from scipy.stats import chisquare
 from transformers import LlamaForCausalLM
 
-from vllm_ssd import ratio
+from vllm_ssd import fallback, ratio
 from vllm_ssd.draft_laws import PointMass
 from vllm_ssd.proposer import Proposer
 
@@ -34,8 +34,8 @@ pytestmark = pytest.mark.timeout(1200 if FULL else 240)
 
 VOCAB, K = 8, 3
 PROMPT = [2, 5, 3, 7, 2, 5, 3]
-NUM_TOKENS, NUM_ENUMERATED = 10, 3
-NUM_SAMPLES = 20_000 if FULL else 2_400  # of each path, over its laws
+NUM_TOKENS, NUM_ENUMERATED = 7, 3
+NUM_SAMPLES = 20_000 if FULL else 1_600  # of each path, over its laws
 NUM_TESTS = 100  # statistical tests in this file, at most
 REJECT = 1e-3 / NUM_TESTS if FULL else 1e-3  # of two independent samples, both
 CERTAIN = 1e-6
@@ -169,6 +169,12 @@ def assert_rejected(model: LlamaForCausalLM, llm: Any, laws: Sequence[Law]) -> N
     assert min(found.values()) < CERTAIN
 
 
+@pytest.fixture(autouse=True)
+def short_ngrams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In such short outputs nothing longer comes again often enough to show a fault."""
+    monkeypatch.setattr(fallback, "MIN_NGRAM", 1)
+
+
 @pytest.fixture(scope="module")
 def model(small_vocabulary_pair: tuple[Path, Path]) -> LlamaForCausalLM:
     return LlamaForCausalLM.from_pretrained(small_vocabulary_pair[0], dtype=torch.float32).eval()
@@ -216,7 +222,10 @@ PATHS: dict[str, tuple[list[Law], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("path", PATHS)
+ONLY_IF_FULL = ("ratio, geometric", "Saguaro 0.5")
+
+
+@pytest.mark.parametrize("path", [path for path in PATHS if FULL or path not in ONLY_IF_FULL])
 def test_exact(
     engines: Engines, small_vocabulary_pair: tuple[Path, Path], model: LlamaForCausalLM, path: str
 ) -> None:
@@ -279,7 +288,7 @@ def wrong_temperature(laws: Callable[..., Any]) -> Callable[..., Any]:
 
     def faulty(*args: Any) -> Any:
         found = laws(*args)
-        warmed = [law**0.7 if isinstance(law, np.ndarray) else law for law in found]
+        warmed = [law**0.5 if isinstance(law, np.ndarray) else law for law in found]
         return [law / law.sum(-1, keepdims=True) if isinstance(law, np.ndarray) else law for law in warmed]
 
     return faulty
