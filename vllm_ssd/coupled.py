@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from vllm_ssd import compat
-from vllm_ssd.verification import Places, draw, new_tokens, sample
+from vllm_ssd.verification import Places, draw, new_tokens
 
 
 @contextmanager
@@ -40,5 +40,5 @@ def verify(places: Places, drafts: Tensor, logits: Tensor, bonus: Tensor) -> lis
         logits: [N, V] at the drafts' places, after all constraints.
         bonus: [B], what `draw` returned.
     """
-    own = sample(places, *places.of_drafts(), logits)
+    own = (logits + places.draft_noise).argmax(dim=-1)
     return new_tokens(places.num_drafts.tolist(), (own == drafts).tolist(), own.tolist(), bonus.tolist())

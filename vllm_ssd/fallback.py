@@ -21,6 +21,7 @@ MIN_NGRAM, MAX_NGRAM = 3, 5
 POLL_S = 50e-6
 PATIENCE = 4  # times as long as the draft's steps take on average
 FADING = 0.95  # weight of a round in running means, one round later
+MOST_UNANSWERED = 1024  # requests remembered
 TRY_OTHER_EVERY = 32  # misses, after which `auto` tries what it did not choose, to go on measuring it
 
 Matcher = Callable[[npt.NDArray[np.int32], int, int, int, int], list[int]]
@@ -164,6 +165,7 @@ class JustInTimeFallback:
     def __init__(self, costs: Costs, num_drafts: int) -> None:
         self._costs = costs
         self._num_drafts = num_drafts
+        self._unanswered: set[str] = set()  # requests that the draft cannot serve: too long, or no KV blocks
 
     def propose(self, missed: Sequence[MissedOutcome], draft: DraftAccess) -> list[Drafts]:
         if draft.cache is None:
@@ -186,23 +188,40 @@ class JustInTimeFallback:
 
     def draft(self, missed: Sequence[MissedOutcome], draft: DraftAccess, length: int) -> list[Drafts]:
         """Ask for drafts of this length and wait for them; late rows get the depth reached."""
-        rows = [
-            MissedRow(row.outcome.slot, row.outcome.epoch, row.outcome.round, row.tokens, length)
-            for row in missed
-        ]
-        draft.send(Missed(rows))
-        deadline = time.perf_counter() + PATIENCE * (length + 1) * draft.step_seconds
-        outcomes = [row.outcome for row in missed]
-        while draft.cache is not None:
-            found = draft.cache.look_up(outcomes)
-            if all(drafts is not None and len(drafts) >= length for drafts in found):
-                break
-            if time.perf_counter() > deadline:
-                break
-            time.sleep(POLL_S)
-        else:
-            return [NOTHING] * len(missed)
-        return [Drafts(DRAFT, drafts) if drafts else NOTHING for drafts in found]
+        asked = [row for row in missed if row.request_id not in self._unanswered]
+        found: dict[str, list[int] | None] = {}
+        if asked:
+            draft.send(
+                Missed(
+                    [
+                        MissedRow(row.outcome.slot, row.outcome.epoch, row.outcome.round, row.tokens, length)
+                        for row in asked
+                    ]
+                )
+            )
+            answers = _await_depth(draft, [row.outcome for row in asked], length)
+            found = {row.request_id: drafts for row, drafts in zip(asked, answers, strict=True)}
+            self._remember_unanswered(found)
+        return [Drafts(DRAFT, drafts) if (drafts := found.get(row.request_id)) else NOTHING for row in missed]
+
+    def _remember_unanswered(self, found: dict[str, list[int] | None]) -> None:
+        """Nobody waits twice for a request that got nothing."""
+        if len(self._unanswered) > MOST_UNANSWERED:
+            self._unanswered.clear()
+        self._unanswered |= {request_id for request_id, drafts in found.items() if not drafts}
+
+
+def _await_depth(draft: DraftAccess, outcomes: list[Outcome], length: int) -> list[list[int] | None]:
+    """The drafts of each outcome once all have so many, or what there is when patience ends."""
+    deadline = time.perf_counter() + PATIENCE * (length + 1) * draft.step_seconds
+    while draft.cache is not None:
+        found = draft.cache.look_up(outcomes)
+        if all(drafts is not None and len(drafts) >= length for drafts in found):
+            return found
+        if time.perf_counter() > deadline:
+            return found
+        time.sleep(POLL_S)
+    return [None] * len(outcomes)
 
 
 class AutoFallback:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vllm_ssd import compat
 from vllm_ssd.draft_laws import DraftLaw, PointMass, Unknown
-from vllm_ssd.noise import accept_seeds, gumbel, uniform
+from vllm_ssd.noise import accept_seeds, uniform
 from vllm_ssd.verification import Places, draw, new_tokens
 
 
@@ -47,16 +47,16 @@ def verify(
         logits: [N, V] at the drafts' places, after all constraints.
         bonus: [B], what `draw` returned.
     """
-    rows, positions = places.of_drafts()
-    seeds, at_draft, is_greedy = places.seeds[rows], drafts[:, None].long(), places.is_greedy[rows]
+    rows, positions = places.of_drafts
+    at_draft, is_greedy = drafts[:, None].long(), places.is_greedy[rows]
     p = logits.softmax(dim=-1)
     q, is_known = _stacked(laws, places.num_drafts.tolist(), at_draft, p)
-    u = uniform(accept_seeds(seeds), positions)
+    u = uniform(accept_seeds(places.seeds[rows]), positions)
     is_kept = is_known & (u * q.gather(1, at_draft)[:, 0] < p.gather(1, at_draft)[:, 0])
     rest = (p - q).clamp_(min=0.0)
     # Where q is p up to rounding nothing is left, and p is as good.
     rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p)
-    recovery = (rest.log() + gumbel(seeds, positions, p.shape[-1])).argmax(dim=-1)
+    recovery = (rest.log() + places.draft_noise).argmax(dim=-1)
     likeliest = logits.argmax(dim=-1)
     is_kept = torch.where(is_greedy, drafts == likeliest, is_kept)
     tokens = torch.where(is_greedy, likeliest, torch.where(is_kept, drafts, recovery))

@@ -115,6 +115,7 @@ class SSDModelRunner(CPUModelRunner):
             torch.tensor(batch.num_tokens_no_spec[: batch.num_reqs], dtype=torch.int64) - 1,
             torch.tensor(num_drafts),
             temperature == 0,
+            batch.vocab_size,
         )
 
     def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,7 +24,9 @@ class Places:
     positions: Tensor  # [B] int64, of each request's last token
     num_drafts: Tensor  # [B] int64, drafts to verify after it; N in all
     is_greedy: Tensor  # [B] bool
+    vocab_size: int  # V
 
+    @cached_property
     def of_drafts(self) -> tuple[Tensor, Tensor]:
         """Of each draft's place: its row [N], and its position [N] (that of the token before it)."""
         counts = self.num_drafts
@@ -31,16 +34,29 @@ class Places:
         offsets = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
         return rows, self.positions[rows] + offsets
 
+    @property
+    def draft_noise(self) -> Tensor:
+        """[N, V] at the drafts' places; zero in greedy rows."""
+        return self._noise[: -len(self.seeds)]
+
+    @property
+    def last_noise(self) -> Tensor:
+        """[B, V] at each row's place after all its drafts; zero in greedy rows."""
+        return self._noise[-len(self.seeds) :]
+
+    @cached_property
+    def _noise(self) -> Tensor:
+        """[N + B, V], in one go: a call costs more than its rows."""
+        rows, positions = self.of_drafts
+        rows = torch.cat([rows, torch.arange(len(self.seeds))])
+        positions = torch.cat([positions, self.positions + self.num_drafts])
+        noise = gumbel(self.seeds[rows], positions, self.vocab_size)
+        return noise.masked_fill_(self.is_greedy[rows, None], 0.0)
+
 
 def draw(places: Places, logits: Tensor) -> Tensor:
     """The token of each row after all its drafts: [B, V] constrained logits -> [B]."""
-    return sample(places, torch.arange(len(logits)), places.positions + places.num_drafts, logits)
-
-
-def sample(places: Places, rows: Tensor, positions: Tensor, logits: Tensor) -> Tensor:
-    """argmax(log p + g), or the likeliest token of a greedy row: [n] places, [n, V] logits -> [n]."""
-    noise = gumbel(places.seeds[rows], positions, logits.shape[-1])
-    return (logits + noise.masked_fill_(places.is_greedy[rows, None], 0.0)).argmax(dim=-1)
+    return (logits + places.last_noise).argmax(dim=-1)
 
 
 def new_tokens(

@@ -102,7 +102,7 @@ class Serving:
 def serving(engines: Engines, pair: tuple[Path, Path]) -> Serving:
     target, draft = pair
     expected = generate(engines.get(target), prompts(), greedy_params(NUM_TOKENS))
-    llm = engines.get(target, ssd(draft, 4, ssd_stall_timeout=1.0))
+    llm = engines.get(target, ssd(draft, 4, ssd_stall_timeout=1.0, ssd_fallback="draft"))
     serving = Serving(llm, expected)
     serving.answer()
     serving.wait_for_hits()

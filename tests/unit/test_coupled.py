@@ -23,10 +23,11 @@ def test_tokens_do_not_depend_on_the_drafts(
     is_greedy = torch.arange(len(num_drafts)) % 2 == 1
     laws = torch.randn(len(num_drafts), 6, VOCAB)  # of each row's next six tokens
     plain = [
-        draw(Places(seeds, starts + i, torch.zeros_like(seeds), is_greedy), laws[:, i]) for i in range(6)
+        draw(Places(seeds, starts + i, torch.zeros_like(seeds), is_greedy, VOCAB), laws[:, i])
+        for i in range(6)
     ]
     drafts = [data.draw(st.integers(0, VOCAB - 1)) for _ in range(sum(num_drafts))]
-    places = Places(seeds, starts, torch.tensor(num_drafts), is_greedy)
+    places = Places(seeds, starts, torch.tensor(num_drafts), is_greedy, VOCAB)
     rows = list(range(len(num_drafts)))
     bonus = draw(places, laws[rows, num_drafts])
     logits = torch.cat([laws[row, :count] for row, count in zip(rows, num_drafts, strict=True)])

@@ -156,9 +156,20 @@ def test_just_in_time_takes_what_there_is_at_the_deadline(draft: LinkedDraft, cl
     draft.most, began = 1, clock.now
     assert JustInTimeFallback(costs, K).propose(missed(1), draft) == [Drafts(DRAFT, [10])]
     assert clock.now - began < 2 * fallback_module.PATIENCE * (K + 1) * draft.step_seconds
-    draft.most = 0
-    draft.naps = 0
-    assert JustInTimeFallback(costs, K).propose(missed(1), draft) == [NOTHING]
+
+
+def test_nobody_waits_twice_for_a_request_that_got_nothing(draft: LinkedDraft, clock: Clock) -> None:
+    costs = measured(clock, round_s=0.1, tokens=3, acceptance=0.9, ngram=0.0)
+    just_in_time = JustInTimeFallback(costs, K)
+    draft.most, began = 0, clock.now
+    assert just_in_time.propose(missed(1), draft) == [NOTHING]
+    assert clock.now > began
+    began = clock.now
+    assert just_in_time.propose(missed(1), draft) == [NOTHING]
+    assert clock.now == began
+    draft.most, draft.naps = K, 0
+    assert just_in_time.propose(missed(1, 2), draft) == [NOTHING, Drafts(DRAFT, [20, 21, 22, 23])]
+    assert [row.slot for row in draft.asked] == [2]
 
 
 def test_just_in_time_without_a_draft(draft: LinkedDraft, clock: Clock) -> None:

@@ -29,7 +29,7 @@ def drawn(law: Tensor, seeds: Tensor, position: int) -> Tensor:
 def verified(law: DraftLaw, drafts: Tensor, seeds: Tensor, is_greedy: bool = False) -> list[list[int]]:
     """One draft a row, all rows in one step."""
     ones = torch.ones_like(seeds)
-    places = Places(seeds, 7 * ones, ones, torch.full(seeds.shape, is_greedy))
+    places = Places(seeds, 7 * ones, ones, torch.full(seeds.shape, is_greedy), VOCAB)
     logits = P.log().repeat(len(seeds), 1)
     bonus = draw(places, AFTER.log().repeat(len(seeds), 1))
     return verify(places, [law] * len(seeds), drafts, logits, bonus)
@@ -110,7 +110,7 @@ def test_rows_of_every_kind_in_one_step() -> None:
     laws: list[DraftLaw] = [as_law(Q).repeat(3, axis=0), PointMass(), Unknown(), PointMass()]
     num_drafts = [2, 1, 2, 0]
     seeds = torch.arange(4)
-    places = Places(seeds, seeds + 3, torch.tensor(num_drafts), seeds < 0)
+    places = Places(seeds, seeds + 3, torch.tensor(num_drafts), seeds < 0, VOCAB)
     logits = torch.randn(5, VOCAB)
     bonus = torch.arange(4)
     drafts = torch.tensor([1, 0, 3, 2, 2])
@@ -118,6 +118,6 @@ def test_rows_of_every_kind_in_one_step() -> None:
     begin = 0
     for row, count in enumerate(num_drafts):
         part, one = slice(begin, begin + count), slice(row, row + 1)
-        alone = Places(seeds[one], seeds[one] + 3, torch.tensor([count]), seeds[one] < 0)
+        alone = Places(seeds[one], seeds[one] + 3, torch.tensor([count]), seeds[one] < 0, VOCAB)
         assert verify(alone, [laws[row]], drafts[part], logits[part], bonus[one]) == [together[row]]
         begin += count

@@ -28,7 +28,7 @@ def test_rows_are_apart() -> None:
 
 def test_each_draft_stands_after_the_one_before_it() -> None:
     none = torch.zeros(3, dtype=torch.int64)
-    places = Places(none, torch.tensor([10, 20, 30]), torch.tensor([2, 0, 3]), none.bool())
-    rows, positions = places.of_drafts()
+    places = Places(none, torch.tensor([10, 20, 30]), torch.tensor([2, 0, 3]), none.bool(), 5)
+    rows, positions = places.of_drafts
     assert rows.tolist() == [0, 0, 2, 2, 2]
     assert positions.tolist() == [10, 11, 30, 31, 32]
