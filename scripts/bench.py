@@ -136,7 +136,7 @@ def summarise(measured: Measurements, temperature: float, cores: Cores) -> dict[
     if contestant.k is not None:
         row |= summarise_acceptance(results, contestant.k)
         if contestant.method == "ssd":
-            row |= summarise_ssd(results, contestant.k)
+            row |= summarise_ssd(results, contestant.k) | summarise_rounds(results, measured.batch)
     return row
 
 
@@ -151,6 +151,21 @@ def summarise_acceptance(results: Sequence[GenerationResult], k: int) -> dict[st
         "acceptance_per_position": [ratio(a, d) for a, d in zip(accepted, drafted, strict=True)],
         "accepted_per_position": accepted,
         "drafted_per_position": drafted,
+    }
+
+
+def summarise_rounds(results: Sequence[GenerationResult], batch: int) -> dict[str, Any]:
+    """Milliseconds of a round in which all rows had drafts, and of one in which only some had."""
+    rounds = [
+        pair for result in results for pair in zip(result.decode_seconds, result.drafted_rows, strict=True)
+    ]
+    all_hit = [seconds for seconds, drafted in rounds if drafted == batch]
+    mixed = [seconds for seconds, drafted in rounds if 0 < drafted < batch]
+    return {
+        "rounds_all_hit": len(all_hit),
+        "round_ms_all_hit": rounded(1000 * median(all_hit)) if all_hit else None,
+        "rounds_mixed": len(mixed),
+        "round_ms_mixed": rounded(1000 * median(mixed)) if mixed else None,
     }
 
 

@@ -31,6 +31,7 @@ class StepStats(StatLoggerBase):
     def reset(self) -> None:
         """Begin at zero."""
         self.preemptions = 0
+        self.drafted_rows = 0
         self.drafted_per_position = [0] * self._num_positions
         self.accepted_per_position = [0] * self._num_positions
 
@@ -46,6 +47,7 @@ class StepStats(StatLoggerBase):
             self.preemptions += iteration_stats.num_preempted_reqs
         if scheduler_stats is not None and scheduler_stats.spec_decoding_stats is not None:
             spec = scheduler_stats.spec_decoding_stats
+            self.drafted_rows += spec.num_drafts
             self.drafted_per_position = _sum(self.drafted_per_position, spec.num_draft_tokens_per_pos)
             self.accepted_per_position = _sum(self.accepted_per_position, spec.num_accepted_tokens_per_pos)
 
@@ -98,6 +100,7 @@ class Engine:
                 in_flight[self._add(task, index)] = index
             num_in_flight = len(in_flight)
             is_decode = all(result.outputs[index] for index in in_flight.values())
+            drafted_before = self._stats.drafted_rows
             step_began = time.perf_counter()
             outputs = self._engine.step()
             seconds = time.perf_counter() - step_began
@@ -108,6 +111,7 @@ class Engine:
                 result.decode_tokens += num_tokens
                 if num_in_flight == full_batch:
                     result.decode_seconds.append(seconds)
+                    result.drafted_rows.append(self._stats.drafted_rows - drafted_before)
         result.seconds, result.cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
 
     def _add(self, task: GenerationTask, index: int) -> str:

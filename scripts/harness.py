@@ -104,6 +104,7 @@ class GenerationResult:
     decode_seconds: list[float] = field(
         default_factory=list
     )  # engine steps at full batch without any prefill
+    drafted_rows: list[int] = field(default_factory=list)  # requests that had drafts, of these same steps
     decode_rows: int = 0  # requests, summed over all steps without any prefill
     decode_tokens: int = 0  # output tokens of these steps
     in_flight: list[int] = field(default_factory=list)  # requests in the engine, per step

@@ -263,3 +263,17 @@ def test_every_prompt_has_a_length_and_a_place(count: int) -> None:
     assert [prompt for _, part in parts for prompt in part.prompts] == task.prompts
     assert [task.prompts[offset] for offset, _ in parts] == [part.prompts[0] for _, part in parts]
     assert sum(check.batch_limits(200).count(limit) for limit in (1, 16)) > 8
+
+
+def test_rounds_are_told_apart_by_how_many_rows_had_drafts() -> None:
+    results = [
+        result(1, 10, decode_seconds=[0.01, 0.02, 0.03], drafted_rows=[4, 2, 4]),
+        result(1, 10, decode_seconds=[0.05, 0.07], drafted_rows=[3, 0]),
+    ]
+    assert bench.summarise_rounds(results, 4) == {
+        "rounds_all_hit": 2,
+        "round_ms_all_hit": 20,
+        "rounds_mixed": 2,
+        "round_ms_mixed": 35,
+    }
+    assert bench.summarise_rounds([result(1, 10)], 4)["round_ms_mixed"] is None
