@@ -14,9 +14,19 @@ import pytest
 from toy import ToyEngine, rank_after
 from wire import configure
 
-from vllm_ssd.channel import Configure, Missed, MissedRow, Outcomes, RoundOutcome, Start, Stop
+from vllm_ssd.channel import (
+    Configure,
+    Missed,
+    MissedRow,
+    Outcomes,
+    RoundOutcome,
+    Sampling,
+    Start,
+    Stop,
+)
 from vllm_ssd.counters import DRAFT_FIELDS, Counters
 from vllm_ssd.draft.server import DraftServer, Engine
+from vllm_ssd.draft_laws import DraftLaws
 from vllm_ssd.outcome import DEPTH, EPOCH, FIRST_DRAFT, ROUND, TOKEN, K, Outcome, OutcomeCache
 
 VOCAB = 12
@@ -97,13 +107,20 @@ class Live:
 class Target:
     """Plays the target: decides outcomes, looks them up, and checks everything the draft publishes."""
 
-    def __init__(self, setup: Setup, engine: Engine | None = None, oracle: Oracle | None = None) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        engine: Engine | None = None,
+        oracle: Oracle | None = None,
+        draws: bool = False,
+    ) -> None:
         self.setup = setup
         self._folder = tempfile.TemporaryDirectory()
         path = Path(self._folder.name)
         self.engine = engine or toy_engine(setup)
         self.oracle = oracle or ToyOracle(setup.vocab)
         self.cache = OutcomeCache(path, setup.max_slots, setup.budget, setup.num_drafts, create=True)
+        self.laws = DraftLaws(path, setup.max_slots, setup.num_drafts, setup.vocab, create=True)
         self.counters = Counters(path / "draft", DRAFT_FIELDS, create=True)
         self.server = DraftServer(
             setup.configure(path),
@@ -111,19 +128,21 @@ class Target:
             None,  # type: ignore[arg-type]  # the tests call `handle` themselves
             self.cache,
             self.counters,
+            self.laws if draws else None,
         )
         self.live: dict[int, Live] = {}
         self.epoch = 0
         self.hits = 0
+        self.num_drafts, self.budget = setup.num_drafts, setup.budget  # what the target wants at present
 
     @property
     def num_free_blocks(self) -> int:
         return self.server._pool.num_available
 
-    def start(self, slot: int, tokens: list[int]) -> Live:
+    def start(self, slot: int, tokens: list[int], sampling: Sampling = Sampling()) -> Live:  # noqa: B008
         self.epoch += 1
         request = self.live[slot] = Live(slot, self.epoch, list(tokens))
-        self.server.handle(Start(slot, self.epoch, np.array(tokens, dtype="<i4").tobytes()))
+        self.server.handle(Start(slot, self.epoch, np.array(tokens, dtype="<i4").tobytes(), sampling))
         return request
 
     def stop(self, slot: int) -> None:
@@ -190,7 +209,7 @@ class Target:
         outcome = Outcome(slot, request.epoch, request.round, k, token)
         (served,) = self.cache.look_up([outcome])
         self.hits += bool(served)
-        drafts = (fallback or []) if served is None else served
+        drafts = (fallback or []) if served is None else served[: self.num_drafts]
         for _ in range(steps_meanwhile):
             self.step()
         tokens = [*request.drafts[:k], token]
@@ -199,7 +218,7 @@ class Target:
         request.drafts = drafts
         request.round += 1
         request.awaited = None
-        self.server.handle(Outcomes([message]))
+        self.server.handle(Outcomes([message], self.num_drafts, self.budget))
         return drafts
 
     def decide_like(self, slot: int, rng: random.Random) -> None:

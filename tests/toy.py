@@ -38,6 +38,11 @@ def rank_after(tokens: Sequence[int], vocab_size: int) -> Int64Array:
     return ranked_tokens(state, vocab_size)
 
 
+def fingerprint(state: int, seed: int) -> float:
+    """What the toy's law has everywhere: it tells which prefix and which noise a draft came from."""
+    return float((state * 31 + seed) % 65_521)
+
+
 class ToyEngine:
     """`vllm_ssd.draft.server.Engine` on the toy model.
 
@@ -88,8 +93,15 @@ class ToyEngine:
         wanted = [ranked_tokens(states[index], self.vocab_size)[:num_candidates] for index in rows.wanted]
         tokens = np.array(wanted, dtype=np.int64).reshape(len(wanted), num_candidates)
         # Each token half as likely as the one before it.
-        log_probs = -np.log(2) * np.arange(1, num_candidates + 1, dtype=np.float32)
-        return Candidates(tokens, np.tile(log_probs, (len(wanted), 1)))
+        log_probs = np.tile(-np.log(2) * np.arange(1, num_candidates + 1, dtype=np.float32), (len(wanted), 1))
+        if rows.sampling is None:
+            return Candidates(tokens, log_probs)
+        seeds = rows.sampling.seeds.tolist()
+        laws = [
+            np.full(self.vocab_size, fingerprint(states[index], seed), dtype=np.float32)
+            for index, seed in zip(rows.wanted, seeds, strict=True)
+        ]
+        return Candidates(tokens, log_probs, tokens[:, 0], np.array(laws))
 
     def copy_blocks(self, sources: Int64Array, targets: Int64Array) -> None:
         assert len(set(targets.tolist())) == len(targets)

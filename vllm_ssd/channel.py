@@ -68,9 +68,11 @@ class RoundOutcome(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Outcomes(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """The outcomes of one target step, for the whole batch."""
+    """The outcomes of one target step, for the whole batch, and what the draft shall prepare from now on."""
 
     rows: list[RoundOutcome]
+    num_drafts: int  # of each branch, at most K
+    branch_budget: int  # per request, at most the configured one
 
 
 class MissedRow(msgspec.Struct, frozen=True, array_like=True):
@@ -111,6 +113,8 @@ class Ready(msgspec.Struct, frozen=True, tag=True, array_like=True):
     vocab_size: int
     num_blocks: int
     block_size: int
+    step_base: float  # seconds of a step over no row, as measured
+    step_per_row: float  # and of each further row
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True, array_like=True):

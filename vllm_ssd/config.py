@@ -59,6 +59,9 @@ class SSDSpeculativeConfig(SpeculativeConfig):
     ssd_fallback: Literal["none", "ngram", "draft", "auto"] = "none"
     """Drafts of a row whose outcome was not foreseen: none (one exact autoregressive step), ngram, draft
     (of the draft model, just in time: the batch waits), or auto: whichever of the two is measured to pay."""
+    ssd_planner: bool = False
+    """Choose K and the branch budget for each batch size by what is measured to pay, at most what is set; do
+    not speculate where nothing pays."""
     ssd_draft_cores: str | None = None
     """CPU cores of the draft process, as in "1" or "8-11,15". Default: the last core the target leaves."""
     ssd_draft_memory: float = Field(default=0.5, gt=0)

@@ -17,6 +17,7 @@ DRAFT_FIELDS = (
     "messages",  # messages read since this draft process began (reset by each)
     "steps",
     "step_ns",
+    "recent_step_ns",  # a running mean, of steps without prompts
     "rows",  # rows of all steps
     "prefill_tokens",
     "branches",  # branches opened
@@ -38,7 +39,7 @@ def target_fields(num_speculative_tokens: int) -> tuple[str, ...]:
         "fallback_none",
         "fallback_ngram",
         "fallback_draft",
-        "laws_late",  # rows whose drafts could not be verified, since what they were drawn from did not come
+        "laws_late",  # rows whose drafts were verified as point masses: their laws did not come in time
         "wait_ns",  # time the target waited for the draft in rounds
         "critical_path_ns",  # time the target spent on SSD in rounds, waiting included
         "draft_restarts",

@@ -7,6 +7,7 @@ keyed by epoch and round as the outcome cache is, and needs no lock for the same
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +22,13 @@ EPOCH, ROUND, DEPTH = range(3)
 
 
 class PointMass:
-    """The law of drafts that were not drawn: all of it on the draft itself."""
+    """All of a draft's law on the draft itself: exact for any draft, however it came about.
+
+    For drafts that were not drawn, and for those of which what they were drawn from did not come in time.
+    """
 
 
-class Unknown:
-    """The law did not arrive: the drafts cannot be verified."""
-
-
-DraftLaw = Float32Array | PointMass | Unknown  # an array is [at least the row's number of drafts, V]
+DraftLaw = Float32Array | PointMass  # an array is [at least the row's number of drafts, V]
 
 
 class DraftLaws:
@@ -42,14 +42,21 @@ class DraftLaws:
         create: True in the process that owns the files (the target's worker).
 
     Raises:
-        OSError: if there is no room for the table.
+        OSError: if there is no room for the table; the message says what would help.
     """
 
     def __init__(
         self, shared_dir: Path, max_slots: int, num_speculative_tokens: int, vocab_size: int, *, create: bool
     ) -> None:
         shape = (max_slots, num_speculative_tokens, vocab_size)
-        self._laws: Float32Array = map_array(shared_dir / LAWS_FILE, np.float32, shape, create=create)
+        try:
+            self._laws: Float32Array = map_array(shared_dir / LAWS_FILE, np.float32, shape, create=create)
+        except OSError as error:
+            raise OSError(
+                f"no room in {shared_dir} for {4 * math.prod(shape) / 2**20:.0f} MiB of the draft's laws "
+                "(max_num_seqs x num_speculative_tokens x vocabulary): lower max_num_seqs, set "
+                "ssd_shared_dir, or use ssd_verify='coupled', which needs none"
+            ) from error
         self._keys = map_array(shared_dir / KEYS_FILE, np.int64, (max_slots, 3), create=create)
 
     def publish(self, slot: int, epoch: int, round_: int, laws: list[Float32Array]) -> None:

@@ -1,13 +1,13 @@
 """What a row gets whose outcome was not foreseen: nothing, n-gram drafts, or just-in-time ones of the draft.
 
 Nothing and n-grams cost no time. Just-in-time drafts cost the whole batch the draft's steps, and are worth it
-where few rows wait for many; `Costs` has what that depends on, as measured.
+where few rows wait for many; `vllm_ssd.costs` has what that depends on, as measured.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,17 +15,18 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_ssd.channel import Missed, MissedRow, ToDraft
+from vllm_ssd.costs import DRAFT, NGRAM, NONE, Costs
 from vllm_ssd.outcome import Outcome, OutcomeCache
 
 MIN_NGRAM, MAX_NGRAM = 3, 5
 POLL_S = 50e-6
 PATIENCE = 4  # times as long as the draft's steps take on average
-FADING = 0.95  # weight of a round in running means, one round later
-MOST_UNANSWERED = 1024  # requests remembered
+MOST_PATIENCE_S = 0.25
+SILENCE = 64  # waits in which a request that got nothing is not asked for
+MOST_SILENT = 1024  # requests remembered
 TRY_OTHER_EVERY = 32  # misses, after which `auto` tries what it did not choose, to go on measuring it
 
 Matcher = Callable[[npt.NDArray[np.int32], int, int, int, int], list[int]]
-NONE, NGRAM, DRAFT = "none", "ngram", "draft"
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class DraftAccess(Protocol):
 
     @property
     def step_seconds(self) -> float:
-        """What a step of the draft takes on average."""
+        """What a step of the draft without prompts took of late, 0 before the first."""
         ...
 
     def send(self, message: ToDraft) -> None:
@@ -72,53 +73,6 @@ class Fallback(Protocol):
     def propose(self, missed: Sequence[MissedOutcome], draft: DraftAccess) -> list[Drafts]:
         """Drafts for each row; a row for which there are none goes on without."""
         ...
-
-
-class RunningMean:
-    """A mean in which old values fade."""
-
-    def __init__(self, prior: float) -> None:
-        self._sum, self._weight = prior, 1.0
-
-    def add(self, value: float) -> None:
-        self._sum = FADING * self._sum + value
-        self._weight = FADING * self._weight + 1.0
-
-    @property
-    def value(self) -> float:
-        return self._sum / self._weight
-
-
-class Costs:
-    """What a round yields and takes, measured as the rounds go by."""
-
-    def __init__(self) -> None:
-        self.tokens_per_round = RunningMean(1.0)  # of the whole batch
-        self.seconds_per_round = RunningMean(0.01)
-        self.ngram_accepted = RunningMean(1.0)  # drafts of a row that fell back on n-grams
-        self.acceptance = RunningMean(0.7)  # of the draft model's tokens, each
-        self._last_round = time.perf_counter()
-
-    def add_round(self, num_tokens: int) -> None:
-        """A round has ended, with so many new tokens."""
-        now = time.perf_counter()
-        # A pause without requests is no long round.
-        seconds = min(now - self._last_round, 4 * self.seconds_per_round.value)
-        self.seconds_per_round.add(seconds)
-        self.tokens_per_round.add(num_tokens)
-        self._last_round = now
-
-    def add_row(self, kind: str, num_drafts: int, num_accepted: int) -> None:
-        """A row whose drafts were of this kind has been verified."""
-        if kind == NGRAM:
-            self.ngram_accepted.add(num_accepted)
-        elif kind == DRAFT:
-            for i in range(min(num_accepted + 1, num_drafts)):
-                self.acceptance.add(float(i < num_accepted))
-
-    def speed(self, more_tokens: float, more_seconds: float) -> float:
-        """Tokens per second of a round that yields and takes so much more than the usual one."""
-        return (self.tokens_per_round.value + more_tokens) / (self.seconds_per_round.value + more_seconds)
 
 
 class NoFallback:
@@ -165,12 +119,18 @@ class JustInTimeFallback:
     def __init__(self, costs: Costs, num_drafts: int) -> None:
         self._costs = costs
         self._num_drafts = num_drafts
-        self._unanswered: set[str] = set()  # requests that the draft cannot serve: too long, or no KV blocks
+        self._num_waits = 0
+        self._silent_until: dict[str, int] = {}  # by request, the wait at which it is asked for again
 
     def propose(self, missed: Sequence[MissedOutcome], draft: DraftAccess) -> list[Drafts]:
-        if draft.cache is None:
-            return [NOTHING] * len(missed)
-        return self.draft(missed, draft, max(1, self.best_length(len(missed), draft.step_seconds)[0]))
+        num_askable = len(self.askable(missed, draft))
+        return self.draft(missed, draft, max(1, self.best_length(num_askable, draft.step_seconds)[0]))
+
+    def askable(self, missed: Sequence[MissedOutcome], draft: DraftAccess) -> list[MissedOutcome]:
+        """The rows that the draft may have drafts for."""
+        if draft.cache is None or not draft.step_seconds:
+            return []
+        return [row for row in missed if self._silent_until.get(row.request_id, 0) <= self._num_waits]
 
     def best_length(self, num_missed: int, step_seconds: float) -> tuple[int, float]:
         """The number of drafts that makes the batch fastest, and how fast: 0 where waiting never pays.
@@ -188,32 +148,35 @@ class JustInTimeFallback:
 
     def draft(self, missed: Sequence[MissedOutcome], draft: DraftAccess, length: int) -> list[Drafts]:
         """Ask for drafts of this length and wait for them; late rows get the depth reached."""
-        asked = [row for row in missed if row.request_id not in self._unanswered]
-        found: dict[str, list[int] | None] = {}
-        if asked:
-            draft.send(
-                Missed(
-                    [
-                        MissedRow(row.outcome.slot, row.outcome.epoch, row.outcome.round, row.tokens, length)
-                        for row in asked
-                    ]
-                )
-            )
-            answers = _await_depth(draft, [row.outcome for row in asked], length)
-            found = {row.request_id: drafts for row, drafts in zip(asked, answers, strict=True)}
-            self._remember_unanswered(found)
-        return [Drafts(DRAFT, drafts) if (drafts := found.get(row.request_id)) else NOTHING for row in missed]
+        asked = self.askable(missed, draft)
+        if not asked:
+            return [NOTHING] * len(missed)
+        self._num_waits += 1
+        rows = [
+            MissedRow(row.outcome.slot, row.outcome.epoch, row.outcome.round, row.tokens, length)
+            for row in asked
+        ]
+        draft.send(Missed(rows))
+        answers = _await_depth(draft, [row.outcome for row in asked], length)
+        found = {row.request_id: drafts for row, drafts in zip(asked, answers, strict=True) if drafts}
+        self._remember_silent(asked, found)
+        return [
+            Drafts(DRAFT, found[row.request_id]) if row.request_id in found else NOTHING for row in missed
+        ]
 
-    def _remember_unanswered(self, found: dict[str, list[int] | None]) -> None:
-        """Nobody waits twice for a request that got nothing."""
-        if len(self._unanswered) > MOST_UNANSWERED:
-            self._unanswered.clear()
-        self._unanswered |= {request_id for request_id, drafts in found.items() if not drafts}
+    def _remember_silent(self, asked: Sequence[MissedOutcome], found: Mapping[str, list[int]]) -> None:
+        """A request that got nothing may be too long for the draft, or in its prefill: not so soon again."""
+        if len(self._silent_until) > MOST_SILENT:
+            self._silent_until.clear()
+        for row in asked:
+            if row.request_id not in found:
+                self._silent_until[row.request_id] = self._num_waits + SILENCE
 
 
 def _await_depth(draft: DraftAccess, outcomes: list[Outcome], length: int) -> list[list[int] | None]:
     """The drafts of each outcome once all have so many, or what there is when patience ends."""
-    deadline = time.perf_counter() + PATIENCE * (length + 1) * draft.step_seconds
+    patience = min(PATIENCE * (length + 1) * draft.step_seconds, MOST_PATIENCE_S)
+    deadline = time.perf_counter() + patience
     while draft.cache is not None:
         found = draft.cache.look_up(outcomes)
         if all(drafts is not None and len(drafts) >= length for drafts in found):
@@ -239,14 +202,20 @@ class AutoFallback:
         self._num_choices = 0
 
     def propose(self, missed: Sequence[MissedOutcome], draft: DraftAccess) -> list[Drafts]:
-        if draft.cache is None:
+        num_askable = len(self._just_in_time.askable(missed, draft))
+        if not num_askable:
             return self._ngram.propose(missed, draft)
-        length, speed = self._just_in_time.best_length(len(missed), draft.step_seconds)
-        with_ngram = self._costs.speed(len(missed) * self._costs.ngram_accepted.value, 0.0)
-        waits = speed > with_ngram
+        length, speed = self._just_in_time.best_length(num_askable, draft.step_seconds)
+        waits = speed > self._costs.speed(num_askable * self._costs.ngram_accepted.value, 0.0)
         self._num_choices += 1
         if self._num_choices % TRY_OTHER_EVERY == 0:
             waits = not waits
-        if waits:
-            return self._just_in_time.draft(missed, draft, max(1, length))
-        return self._ngram.propose(missed, draft)
+        if not waits:
+            return self._ngram.propose(missed, draft)
+        drafts = self._just_in_time.draft(missed, draft, max(1, length))
+        without = iter(
+            self._ngram.propose(
+                [row for row, found in zip(missed, drafts, strict=True) if found is NOTHING], draft
+            )
+        )
+        return [next(without) if found is NOTHING else found for found in drafts]

@@ -32,6 +32,7 @@ METRICS: dict[str, tuple[str, str, float]] = {
     "vllm:ssd_undrafted": ("Outcomes while there was no draft process to ask.", "undrafted", 1),
     "vllm:ssd_fallback_none": ("Missed rows that went on without drafts.", "fallback_none", 1),
     "vllm:ssd_fallback_ngram": ("Missed rows that went on with n-gram drafts.", "fallback_ngram", 1),
+    "vllm:ssd_laws_late": ("Rows verified without the law of their drafts.", "laws_late", 1),
     "vllm:ssd_fallback_draft": ("Missed rows that went on with just-in-time drafts.", "fallback_draft", 1),
     "vllm:ssd_wait_seconds": ("Time the target waited for the draft.", "wait_ns", 1e-9),
     "vllm:ssd_critical_path_seconds": ("Time SSD took on the target's side.", "critical_path_ns", 1e-9),

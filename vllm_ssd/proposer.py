@@ -1,7 +1,7 @@
 """The target's half of a round: outcomes in, drafts out. Knows no model runner.
 
 One round, one path: look the outcomes up, give missed rows their fallback, tell the draft both the outcome
-and what is verified next. Nothing here waits for the draft unless the user set a deadline for it, and
+and what is verified next. Nothing here waits for the draft without a deadline, and
 without a draft every row simply goes on with its fallback.
 """
 
@@ -15,13 +15,15 @@ from typing import Protocol
 import numpy as np
 
 from vllm_ssd.channel import Outcomes, RoundOutcome, Sampling, Start, Stop
+from vllm_ssd.costs import DRAFT, Costs
 from vllm_ssd.counters import Counters
-from vllm_ssd.draft_laws import DraftLaw, DraftLaws, PointMass, Unknown
-from vllm_ssd.fallback import DRAFT, NOTHING, Costs, DraftAccess, Drafts, Fallback, MissedOutcome
+from vllm_ssd.draft_laws import DraftLaw, DraftLaws, PointMass
+from vllm_ssd.fallback import NOTHING, DraftAccess, Drafts, Fallback, MissedOutcome
 from vllm_ssd.outcome import Outcome, OutcomeCache
+from vllm_ssd.planner import RoundPlanner
 
 POLL_S = 50e-6
-LAWS_DEADLINE_S = 0.05  # they are there before a verification ends, unless the draft is not
+LAWS_DEADLINE_S = 0.01  # for a whole step; they are there before a verification ends, unless the draft is not
 GREEDY = Sampling()
 
 
@@ -54,28 +56,28 @@ class Proposer:
 
     Args:
         link: the draft process, or what is left of it.
-        num_speculative_tokens: K.
         max_slots: requests at once.
         fallback: drafts for missed rows.
         costs: what the fallback goes by; measured here.
         history: a request's tokens so far, prompt and output.
         counters: the target's counters (`vllm_ssd.counters.target_fields`).
+        planner: how many drafts a round verifies and how many branches the draft makes.
         wait_s: how long a round may wait for foreseen outcomes to reach depth K, in seconds.
     """
 
     def __init__(
         self,
         link: DraftLink,
-        num_speculative_tokens: int,
         max_slots: int,
         fallback: Fallback,
         costs: Costs,
         history: Callable[[str], list[int]],
         counters: Counters,
+        planner: RoundPlanner,
         wait_s: float = 0.0,
     ) -> None:
         self._link = link
-        self._num_drafts = num_speculative_tokens
+        self.planner = planner  # another one may take over between rounds
         self._fallback = fallback
         self._costs = costs
         self._history = history
@@ -134,14 +136,20 @@ class Proposer:
         Returns:
             [B]
         """
-        return [self._law(self._live.get(name), n) for name, n in zip(request_ids, num_drafts, strict=True)]
+        began = time.perf_counter()
+        deadline = began + LAWS_DEADLINE_S
+        found = [
+            self._law(self._live.get(name), count, deadline)
+            for name, count in zip(request_ids, num_drafts, strict=True)
+        ]
+        self._counters.add("critical_path_ns", int((time.perf_counter() - began) * 1e9))
+        return found
 
-    def _law(self, request: LiveRequest | None, num_drafts: int) -> DraftLaw:
+    def _law(self, request: LiveRequest | None, num_drafts: int, deadline: float) -> DraftLaw:
         if request is None or not num_drafts:
             return PointMass()
         if request.drafts.kind != DRAFT or not request.sampling.temperature:
             return PointMass()
-        deadline = time.perf_counter() + LAWS_DEADLINE_S
         while (laws := self._link.laws) is not None:
             law = laws.read(request.slot, request.epoch, request.round, num_drafts)
             if law is not None:
@@ -150,7 +158,7 @@ class Proposer:
                 break
             time.sleep(POLL_S)
         self._counters.add("laws_late")
-        return Unknown()
+        return PointMass()
 
     def _propose(self, request_ids: Sequence[str], sampled: Sequence[list[int]]) -> list[list[int]]:
         rows = [i for i, tokens in enumerate(sampled) if tokens and request_ids[i] in self._live]
@@ -159,43 +167,51 @@ class Proposer:
             Outcome(request.slot, request.epoch, request.round, len(sampled[i]) - 1, sampled[i][-1])
             for request, i in zip(requests, rows, strict=True)
         ]
+        if not rows:
+            return [[] for _ in request_ids]
         self._measure(requests, outcomes)
+        plan = self.planner.plan(len(rows))
         cache = self._link.cache
         if cache is None:
             self._counters.add("undrafted", len(rows))
             found: list[list[int] | None] = [None] * len(rows)
         else:
-            found = self._look_up(cache, outcomes)
-            self._count(outcomes, found)
+            found = self._look_up(cache, outcomes, plan.num_drafts)
+            self._count(requests, outcomes, found)
         missed = [
             MissedOutcome(request_ids[i], outcome, sampled[i])
             for i, outcome, served in zip(rows, outcomes, found, strict=True)
             if served is None
         ]
-        instead = iter(self._fall_back(missed))
+        instead = iter(self._fall_back(missed) if plan.num_drafts else [NOTHING] * len(missed))
         drafts: list[list[int]] = [[] for _ in request_ids]
         messages = []
         for i, request, served in zip(rows, requests, found, strict=True):
-            request.drafts = next(instead) if served is None else Drafts(DRAFT, served)
+            chosen = next(instead) if served is None else Drafts(DRAFT, served)
+            request.drafts = Drafts(chosen.kind, chosen.tokens[: plan.num_drafts])
             drafts[i] = request.drafts.tokens
             messages.append(RoundOutcome(request.slot, request.epoch, request.round, sampled[i], drafts[i]))
             request.round += 1
-        if messages and self._link.cache is not None:
-            self._link.send(Outcomes(messages))
+        if self._link.cache is not None:
+            self._link.send(Outcomes(messages, plan.num_drafts, plan.branch_budget))
         return drafts
 
     def _measure(self, requests: Sequence[LiveRequest], outcomes: Sequence[Outcome]) -> None:
         for request, outcome in zip(requests, outcomes, strict=True):
             self._costs.add_row(request.drafts.kind, len(request.drafts.tokens), outcome.k)
-        self._costs.add_round(sum(outcome.k + 1 for outcome in outcomes))
+        seconds = self._costs.add_round(sum(outcome.k + 1 for outcome in outcomes))
+        num_verified = sum(1 + len(request.drafts.tokens) for request in requests)
+        self.planner.add_round(len(requests), num_verified, seconds)
 
-    def _look_up(self, cache: OutcomeCache, outcomes: list[Outcome]) -> list[list[int] | None]:
+    def _look_up(
+        self, cache: OutcomeCache, outcomes: list[Outcome], num_drafts: int
+    ) -> list[list[int] | None]:
         found = cache.look_up(outcomes)
         if not self._wait_s:
             return found
         began = time.perf_counter()
         while time.perf_counter() - began < self._wait_s and any(
-            drafts is not None and len(drafts) < self._num_drafts for drafts in found
+            drafts is not None and len(drafts) < num_drafts for drafts in found
         ):
             time.sleep(POLL_S)
             found = cache.look_up(outcomes)
@@ -213,8 +229,14 @@ class Proposer:
             self._counters.add("wait_ns", time.perf_counter_ns() - began)
         return drafts
 
-    def _count(self, outcomes: Sequence[Outcome], found: Sequence[list[int] | None]) -> None:
-        for outcome, served in zip(outcomes, found, strict=True):
+    def _count(
+        self,
+        requests: Sequence[LiveRequest],
+        outcomes: Sequence[Outcome],
+        found: Sequence[list[int] | None],
+    ) -> None:
+        for request, outcome, served in zip(requests, outcomes, found, strict=True):
+            self.planner.add_row(len(requests), bool(request.drafts.tokens), served is not None)
             self._counters.add("lookups")
             self._counters.add(f"lookups_k{outcome.k}")
             if served:

@@ -2,9 +2,9 @@
 
 A draft x is accepted if u < p(x) / q(x), strictly; else the recovery token is drawn from max(p - q, 0),
 renormalised (Leviathan et al., arXiv 2211.17192). q must be what x was really drawn from, every modification
-in it (Saguaro sampling too); drafts that nobody drew (n-gram) are point masses. A row whose q did not arrive
-takes one token from p, as if it had no drafts. All that is drawn here is keyed by (seed, position), and
-independent of what the draft drew with. Why that is exact: docs/exactness.md.
+in it (Saguaro sampling too). All else counts as a point mass, which is exact for any draft: those that nobody
+drew (n-gram), and those whose q did not come in time. All that is drawn here is keyed by (seed, position),
+and independent of what the draft drew with. Why that is exact: docs/exactness.md.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vllm_ssd import compat
-from vllm_ssd.draft_laws import DraftLaw, PointMass, Unknown
+from vllm_ssd.draft_laws import DraftLaw, PointMass
 from vllm_ssd.noise import accept_seeds, uniform
 from vllm_ssd.verification import Places, draw, new_tokens
 
@@ -48,11 +48,13 @@ def verify(
         bonus: [B], what `draw` returned.
     """
     rows, positions = places.of_drafts
-    at_draft, is_greedy = drafts[:, None].long(), places.is_greedy[rows]
+    is_greedy = places.is_greedy[rows]
+    is_draft = drafts >= 0  # vLLM fills some rows up with -1, such as prompts of one token
+    at_draft = drafts.clamp(min=0)[:, None].long()
     p = logits.softmax(dim=-1)
-    q, is_known = _stacked(laws, places.num_drafts.tolist(), at_draft, p)
+    q = _stacked(laws, places.num_drafts.tolist(), at_draft, is_draft, p)
     u = uniform(accept_seeds(places.seeds[rows]), positions)
-    is_kept = is_known & (u * q.gather(1, at_draft)[:, 0] < p.gather(1, at_draft)[:, 0])
+    is_kept = is_draft & (u * q.gather(1, at_draft)[:, 0] < p.gather(1, at_draft)[:, 0])
     rest = (p - q).clamp_(min=0.0)
     # Where q is p up to rounding nothing is left, and p is as good.
     rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p)
@@ -64,18 +66,15 @@ def verify(
 
 
 def _stacked(
-    laws: Sequence[DraftLaw], num_drafts: Sequence[int], at_draft: Tensor, p: Tensor
-) -> tuple[Tensor, Tensor]:
-    """q at every draft's place [N, V], zero where it is unknown, and where it is known [N]."""
-    q, is_known = torch.zeros_like(p), torch.ones(len(p), dtype=torch.bool)
-    begin = 0
+    laws: Sequence[DraftLaw], num_drafts: Sequence[int], at_draft: Tensor, is_draft: Tensor, p: Tensor
+) -> Tensor:
+    """[N, V] q at every draft's place; zero where there is no draft."""
+    q, begin = torch.zeros_like(p), 0
     for law, count in zip(laws, num_drafts, strict=True):
         part = slice(begin, begin + count)
         if isinstance(law, PointMass):
-            q[part].scatter_(1, at_draft[part], 1.0)
-        elif isinstance(law, Unknown):
-            is_known[part] = False
+            q[part].scatter_(1, at_draft[part], is_draft[part, None].float())
         else:
             q[part] = torch.from_numpy(law[:count])
         begin += count
-    return q, is_known
+    return q

@@ -16,6 +16,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm_ssd import compat
 from vllm_ssd.channel import Sampling
 from vllm_ssd.coupled import coupled_sampling
+from vllm_ssd.draft_laws import DraftLaw, PointMass
 from vllm_ssd.noise import wrapped_to_int64
 from vllm_ssd.proposer import GREEDY, Proposer
 from vllm_ssd.ratio import ratio_sampling
@@ -44,6 +45,10 @@ class SSDModelRunner(CPUModelRunner):
         """The request's tokens so far, prompt and output."""
         request = self.requests[request_id]
         return [*(request.prompt_token_ids or ()), *request.output_token_ids]
+
+    def time_step(self, num_tokens: int) -> None:
+        """One forward over so many tokens that belong to nobody, to be timed."""
+        self._dummy_run(num_tokens)
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Callable[..., Any] | None:
         corrections = super()._update_states(scheduler_output)
@@ -88,8 +93,7 @@ class SSDModelRunner(CPUModelRunner):
         if self.is_coupled:
             sampling = coupled_sampling(self.sampler, places)
         else:
-            laws = self.proposer.laws(self.input_batch.req_ids, places.num_drafts.tolist())
-            sampling = ratio_sampling(self.sampler, places, laws)
+            sampling = ratio_sampling(self.sampler, places, self._laws(places.num_drafts.tolist()))
         with sampling:
             return super()._sample(logits, spec_decode_metadata)
 
@@ -101,6 +105,19 @@ class SSDModelRunner(CPUModelRunner):
             return super()._bookkeeping_sync(*args, **kwargs)
         finally:
             self.input_batch.generators = generators
+
+    def _laws(self, num_drafts: list[int]) -> list[DraftLaw]:
+        """What each row's drafts were drawn from."""
+        request_ids = self.input_batch.req_ids
+        # A grammar drops drafts that it forbids, so that which drafts are verified depends on what was drawn.
+        return [
+            PointMass() if self._has_grammar(request_id) else law
+            for request_id, law in zip(request_ids, self.proposer.laws(request_ids, num_drafts), strict=True)
+        ]
+
+    def _has_grammar(self, request_id: str) -> bool:
+        params = self.requests[request_id].sampling_params
+        return params is not None and params.structured_outputs is not None
 
     def _places(self, spec_decode_metadata: SpecDecodeMetadata | None) -> Places:
         """Where each row of the batch samples."""

@@ -9,12 +9,15 @@ one to the other with the hit rates of the two.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 
 from vllm_ssd.fanout import geometric_fanout
 
 _ITERATIONS = 40
+_REPEATS = 7
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,25 @@ class Prediction:
     tokens_per_round: float  # of a row
     hit_rate: float = 0.0
     depth: float = 0.0  # drafts that a hit finds
+
+
+def measure_line(step: Callable[[int], None], least: int, most: int) -> tuple[float, float]:
+    """Time a step of the least and of the most tokens (or rows).
+
+    Returns:
+        Seconds of a step over nothing, and of each further token; the median of some repeats.
+    """
+    seconds = []
+    for size in (least, most):
+        step(size)
+        times = []
+        for _ in range(_REPEATS):
+            began = time.perf_counter()
+            step(size)
+            times.append(time.perf_counter() - began)
+        seconds.append(median(times))
+    per_token = max(seconds[1] - seconds[0], 0.0) / max(most - least, 1)
+    return max(seconds[0] - least * per_token, 1e-6), per_token
 
 
 def expected_tokens(acceptance: float, num_drafts: float) -> float:

@@ -71,6 +71,7 @@ class DraftSupervisor:
         shared_dir = Path(configure.shared_dir)
         self._draft_counters = Counters(shared_dir / DRAFT_COUNTERS_FILE, DRAFT_FIELDS, create=True)
         self._incarnation = 0
+        self.step_times = (0.0, 0.0)  # of the draft, once it is ready: seconds, and of each further row
         self._spawn()
 
     @property
@@ -94,8 +95,8 @@ class DraftSupervisor:
 
     @property
     def step_seconds(self) -> float:
-        """What a step of the draft takes on average."""
-        return self._draft_counters["step_ns"] / 1e9 / max(1, self._draft_counters["steps"])
+        """What a step of the draft without prompts took of late, 0 before the first."""
+        return self._draft_counters["recent_step_ns"] / 1e9
 
     def await_ready(self) -> None:
         """Wait until the draft has loaded; it need not know of any request yet.
@@ -180,6 +181,7 @@ class DraftSupervisor:
         )
 
     def _become_ready(self, message: Ready) -> None:
+        self.step_times = (message.step_base, message.step_per_row)
         self._state = State.READY
         self._last_progress = time.monotonic()
         self._counters.set("draft_alive", 1)
@@ -241,4 +243,9 @@ class DraftSupervisor:
             return
         logger.warning("SSD draft %s; starting it again, decoding goes on meanwhile", reason)
         self._counters.add("draft_restarts")
-        self._spawn()
+        del self._cache, self._laws  # memory of the old tables, which the new ones may need
+        try:
+            self._spawn()
+        except OSError as error:
+            self._state = State.GONE
+            logger.error("SSD draft cannot be started again (%s); decoding goes on without it", error)

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_ssd import compat
 from vllm_ssd.channel import Configure
 from vllm_ssd.config import GIB, SSDSpeculativeConfig
+from vllm_ssd.costs import Costs
 from vllm_ssd.counters import (
     DRAFT_COUNTERS_FILE,
     DRAFT_FIELDS,
@@ -23,16 +25,19 @@ from vllm_ssd.counters import (
 )
 from vllm_ssd.fallback import (
     AutoFallback,
-    Costs,
     Fallback,
     JustInTimeFallback,
     NgramFallback,
     NoFallback,
 )
+from vllm_ssd.planner import FixedPlan, Plan, Planner
 from vllm_ssd.proposer import Proposer
 from vllm_ssd.runner_v1 import SSDModelRunner
 from vllm_ssd.shared import SharedFolder
+from vllm_ssd.speed_model import StepTimes, measure_line
 from vllm_ssd.supervisor import DraftSupervisor
+
+logger = init_logger("vllm.ssd")
 
 DRAFT_BLOCK_SIZE = 32  # the smallest CPU_ATTN takes: a fork copies one block per branch
 
@@ -65,20 +70,35 @@ class SSDWorker(CPUWorker):
         costs = Costs()
         runner.proposer = Proposer(
             self._supervisor,
-            ssd.num_speculative_tokens,
             self.scheduler_config.max_num_seqs,
             _fallback(ssd, costs, runner.token_history, self.model_config.max_model_len),
             costs,
             runner.token_history,
             self._counters,
+            FixedPlan(Plan(ssd.num_speculative_tokens, ssd.ssd_branch_budget)),
             ssd.ssd_wait_ms / 1000,
         )
+        self._costs = costs
         runner.is_coupled = ssd.ssd_verify == "coupled"
 
     def determine_available_memory(self) -> int:
         """Size the target's KV cache once the draft has taken its memory."""
         self._supervisor.await_ready()
         return super().determine_available_memory()
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Warm the target up; where rounds are to be planned, measure what they cost."""
+        warmed_up = super().compile_or_warm_up_model()
+        ssd = self.vllm_config.speculative_config
+        if ssd.ssd_planner:
+            runner = self.model_runner
+            most_tokens = (ssd.num_speculative_tokens + 1) * min(8, self.scheduler_config.max_num_seqs)
+            times = StepTimes(*measure_line(runner.time_step, 1, most_tokens), *self._supervisor.step_times)
+            logger.info("SSD planner: %s", times)
+            runner.proposer.planner = Planner(
+                ssd.num_speculative_tokens, ssd.ssd_branch_budget, ssd.ssd_max_rows, times, self._costs
+            )
+        return warmed_up
 
     def shutdown(self) -> None:
         """Stop the draft, then the worker."""

@@ -125,9 +125,11 @@ def test_requests_without_a_seed_differ(engines: Engines, pair: tuple[Path, Path
 
 
 def test_ratio_answers_the_same_requests(engines: Engines, pair: tuple[Path, Path]) -> None:
-    """Seeded ones with prompts in chunks, and ones with top_k alone, ended vLLM's engine."""
+    """Seeded ones with prompts in chunks, ones with top_k alone, and prompts of one token ended the engine."""
     llm = engines.get(pair[0], ssd(pair[1], 3, ssd_verify="ratio"), max_num_batched_tokens=64)
     asked = params()
     answers = generate(llm, prompts(), asked)
+    # vLLM schedules prompts of one token with placeholders for drafts.
+    answers += generate(llm, [[5]] * len(asked), asked)
     answers += [generate(llm, [prompt], one)[0] for prompt, one in zip(prompts()[:6], asked, strict=False)]
     assert all(answers)

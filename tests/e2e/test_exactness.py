@@ -37,7 +37,7 @@ PROMPT = [2, 5, 3, 7, 2, 5, 3]
 NUM_TOKENS, NUM_ENUMERATED = 7, 3
 NUM_SAMPLES = 20_000 if FULL else 1_600  # of each path, over its laws
 NUM_TESTS = 100  # statistical tests in this file, at most
-REJECT = 1e-3 / NUM_TESTS if FULL else 1e-3  # of two independent samples, both
+REJECT = 1e-3 / NUM_TESTS if FULL else 1e-3
 CERTAIN = 1e-6
 
 Float64Array = npt.NDArray[np.float64]
@@ -154,13 +154,13 @@ def p_values(model: LlamaForCausalLM, llm: Any, laws: Sequence[Law], count: int)
 
 
 def assert_exact(model: LlamaForCausalLM, llm: Any, laws: Sequence[Law]) -> None:
-    """Not rejected; or if by chance, then not again on new samples."""
-    for attempt in (1, 2):
+    """Not rejected; or if by chance, then (but in the full run) not again on new samples."""
+    for attempt in (1,) if FULL else (1, 2):
         found = p_values(model, llm, laws, NUM_SAMPLES // len(laws))
         print(attempt, found)
         if min(found.values()) >= REJECT:
             return
-    pytest.fail(f"rejected twice: {found}")
+    pytest.fail(f"rejected: {found}")
 
 
 def assert_rejected(model: LlamaForCausalLM, llm: Any, laws: Sequence[Law]) -> None:
@@ -249,7 +249,9 @@ def test_exact_with_partial_depth(
     llm = engine(engines, small_vocabulary_pair, 7, ssd_verify=verify)
     in_worker(llm, vary_drafts_time)
     assert_exact(model, llm, [Law(0.8), Law(1.2)])
-    print(stats(llm))
+    counted = stats(llm)
+    print(counted)
+    assert counted["hits"] < counted["drafts_served"] < 7 * counted["hits"]
 
 
 def test_a_wrong_law_is_rejected(

@@ -18,6 +18,8 @@ from vllm_ssd.channel import (
     Channel,
     Configure,
     Failed,
+    Missed,
+    MissedRow,
     Outcomes,
     Ready,
     Reset,
@@ -31,13 +33,14 @@ from vllm_ssd.channel import (
 
 TO_DRAFT = [
     Start(3, 7, b"\x01\0\0\0\xff\x7f\0\0"),
-    Outcomes([RoundOutcome(0, 1, 2, [5, 6], [7, 8, 9]), RoundOutcome(1, 2, 0, [4], [])]),
-    Outcomes([]),
+    Outcomes([RoundOutcome(0, 1, 2, [5, 6], [7, 8, 9]), RoundOutcome(1, 2, 0, [4], [])], 4, 8),
+    Missed([MissedRow(0, 1, 2, [5, 6], 3)]),
+    Outcomes([], 0, 0),
     Stop(3, 7),
     Reset(),
     Shutdown(),
 ]
-TO_TARGET = [Ready(1, 32000, 100, 32), Failed("no such model: /x")]
+TO_TARGET = [Ready(1, 32000, 100, 32, 0.1, 0.01), Failed("no such model: /x")]
 WAIT_MS = 20_000
 
 
@@ -55,7 +58,7 @@ def ends(tmp_path: Path) -> Iterator[tuple[Channel, Channel]]:
 @pytest.mark.parametrize("message", TO_DRAFT, ids=lambda m: type(m).__name__)
 def test_to_the_draft(ends: tuple[Channel, Channel], message: Any) -> None:
     target, draft = ends
-    assert draft.send(Ready(1, 2, 3, 4))  # a message to the peer means that both are connected
+    assert draft.send(Ready(1, 2, 3, 4, 0.1, 0.01))  # a message to the peer means that both are connected
     assert target.receive(WAIT_MS)
     assert target.send(message)
     assert draft.receive(WAIT_MS) == message
@@ -70,7 +73,7 @@ def test_to_the_target(ends: tuple[Channel, Channel], message: Any) -> None:
 
 def test_order_is_kept_and_nothing_more_comes(ends: tuple[Channel, Channel]) -> None:
     target, draft = ends
-    draft.send(Ready(1, 2, 3, 4))
+    draft.send(Ready(1, 2, 3, 4, 0.1, 0.01))
     target.receive(WAIT_MS)
     for epoch in range(200):
         assert target.send(Stop(0, epoch))
@@ -113,7 +116,7 @@ def test_a_peer_that_reads_nothing_fills_the_queue(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(channel_module, "HIGH_WATER_MARK", 4)
     target = Channel(f"ipc://{tmp_path}/s", bind=True, receives=ToTarget)
     draft = Channel(f"ipc://{tmp_path}/s", bind=False, receives=ToDraft)
-    draft.send(Ready(1, 2, 3, 4))
+    draft.send(Ready(1, 2, 3, 4, 0.1, 0.01))
     target.receive(WAIT_MS)
     big = Start(0, 1, bytes(1 << 20))
     assert False in [target.send(big) for _ in range(200)]
@@ -126,7 +129,7 @@ def test_a_peer_that_went_away(tmp_path: Path) -> None:
     address = f"ipc://{tmp_path}/s"
     target = Channel(address, bind=True, receives=ToTarget)
     draft = Channel(address, bind=False, receives=ToDraft)
-    draft.send(Ready(1, 2, 3, 4))
+    draft.send(Ready(1, 2, 3, 4, 0.1, 0.01))
     target.receive(WAIT_MS)
     draft.close()
     for _ in range(10_000):
@@ -152,7 +155,7 @@ def test_a_peer_that_went_away(tmp_path: Path) -> None:
     )
 )
 def test_encoding_keeps_every_field(rows: list[RoundOutcome]) -> None:
-    message = Outcomes(rows)
+    message = Outcomes(rows, 4, 8)
     raw = msgspec.msgpack.encode(message)
     assert msgspec.msgpack.Decoder(ToDraft).decode(raw) == message
 

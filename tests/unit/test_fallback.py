@@ -9,17 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_ssd import costs as costs_module
 from vllm_ssd import fallback as fallback_module
 from vllm_ssd.channel import Missed, MissedRow, ToDraft
 from vllm_ssd.compat import match_ngram
+from vllm_ssd.costs import DRAFT, NGRAM, Costs
 from vllm_ssd.fallback import (
-    DRAFT,
     MIN_NGRAM,
-    NGRAM,
     NOTHING,
+    SILENCE,
     TRY_OTHER_EVERY,
     AutoFallback,
-    Costs,
     Drafts,
     JustInTimeFallback,
     MissedOutcome,
@@ -77,6 +77,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(fallback_module, "time", clock)
+    monkeypatch.setattr(costs_module, "time", clock)
     return clock
 
 
@@ -158,18 +159,40 @@ def test_just_in_time_takes_what_there_is_at_the_deadline(draft: LinkedDraft, cl
     assert clock.now - began < 2 * fallback_module.PATIENCE * (K + 1) * draft.step_seconds
 
 
-def test_nobody_waits_twice_for_a_request_that_got_nothing(draft: LinkedDraft, clock: Clock) -> None:
+def test_a_request_that_got_nothing_is_left_alone_for_a_while(draft: LinkedDraft, clock: Clock) -> None:
     costs = measured(clock, round_s=0.1, tokens=3, acceptance=0.9, ngram=0.0)
     just_in_time = JustInTimeFallback(costs, K)
-    draft.most, began = 0, clock.now
+    draft.most = 0
     assert just_in_time.propose(missed(1), draft) == [NOTHING]
-    assert clock.now > began
     began = clock.now
     assert just_in_time.propose(missed(1), draft) == [NOTHING]
     assert clock.now == began
-    draft.most, draft.naps = K, 0
-    assert just_in_time.propose(missed(1, 2), draft) == [NOTHING, Drafts(DRAFT, [20, 21, 22, 23])]
+    for _ in range(SILENCE):
+        draft.most, draft.naps = K, 0
+        assert just_in_time.propose(missed(1, 2), draft)[1] == Drafts(DRAFT, [20, 21, 22, 23])
     assert [row.slot for row in draft.asked] == [2]
+    draft.naps = 0
+    assert just_in_time.propose(missed(1), draft) == [Drafts(DRAFT, [10, 11, 12, 13])]
+
+
+def test_auto_gives_ngrams_to_rows_that_the_draft_has_nothing_for(draft: LinkedDraft, clock: Clock) -> None:
+    costs = measured(clock, round_s=0.1, tokens=3, acceptance=0.9, ngram=0.0)
+    history = [1, 2, 3, 4, 1, 2, 3]
+    auto = AutoFallback(costs, ngram(**{"1": history, "2": history}), JustInTimeFallback(costs, K))
+    draft.most = 0
+    assert auto.propose(missed(1), draft) == [Drafts(NGRAM, [4, 1, 2, 3])]
+    began, draft.most = clock.now, K
+    assert auto.propose(missed(1), draft) == [Drafts(NGRAM, [4, 1, 2, 3])]
+    assert clock.now == began
+    draft.naps = 0
+    found = auto.propose(missed(1, 2), draft)
+    assert found == [Drafts(NGRAM, [4, 1, 2, 3]), Drafts(DRAFT, [20, 21, 22, 23])]
+
+
+def test_nobody_waits_before_a_step_was_measured(draft: LinkedDraft, clock: Clock) -> None:
+    draft.step_seconds = 0.0
+    assert JustInTimeFallback(Costs(), K).propose(missed(0), draft) == [NOTHING]
+    assert draft.asked == []
 
 
 def test_just_in_time_without_a_draft(draft: LinkedDraft, clock: Clock) -> None:

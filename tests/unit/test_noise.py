@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import chisquare, gumbel_r, kstest
 
-from vllm_ssd.noise import RecentNoise, _hash, gumbel
+from vllm_ssd.noise import RecentNoise, _hash, accept_seeds, draft_seed, gumbel, uniform
 
 WORD = 0xFFFFFFFF
 
@@ -70,3 +70,15 @@ def test_remembered_noise_is_the_same() -> None:
     seeds, positions = [3, 9, 3, 3], [5, 5, 6, 80]
     for _ in range(2):
         assert torch.equal(recent(seeds, positions), gumbel(torch.tensor(seeds), torch.tensor(positions), 50))
+
+
+def test_streams_of_one_seed_are_independent() -> None:
+    """The draft's noise of each round, the numbers that accept, and the target's own noise."""
+    seeds, positions = torch.arange(20_000), torch.full((20_000,), 9)
+    drafts = [torch.tensor([draft_seed(seed, round_) for seed in seeds.tolist()]) for round_ in (0, 1, 2)]
+    streams = [uniform(s, positions) for s in (seeds, accept_seeds(seeds), *drafts)]
+    for i, first in enumerate(streams):
+        assert kstest(first.numpy(), "uniform").pvalue > 1e-4
+        for second in streams[:i]:
+            cells = np.histogram2d(first.numpy(), second.numpy(), bins=8, range=[[0, 1], [0, 1]])[0]
+            assert chisquare(cells.ravel()).pvalue > 1e-4

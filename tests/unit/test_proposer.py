@@ -10,10 +10,12 @@ import pytest
 
 from vllm_ssd import proposer as proposer_module
 from vllm_ssd.channel import Outcomes, RoundOutcome, Sampling, Start, Stop, ToDraft
+from vllm_ssd.costs import NGRAM, Costs
 from vllm_ssd.counters import Counters, target_fields
-from vllm_ssd.draft_laws import DraftLaws, PointMass, Unknown
-from vllm_ssd.fallback import NGRAM, Costs, DraftAccess, Drafts, MissedOutcome
+from vllm_ssd.draft_laws import DraftLaws, PointMass
+from vllm_ssd.fallback import DraftAccess, Drafts, MissedOutcome
 from vllm_ssd.outcome import OutcomeCache
+from vllm_ssd.planner import FixedPlan, Plan
 from vllm_ssd.proposer import Proposer
 
 K, SLOTS, BUDGET, VOCAB = 3, 2, 8, 100
@@ -82,12 +84,12 @@ class Bench:
         self.history = {name: list(tokens) for name, tokens in HISTORY.items()}
         self.proposer = Proposer(
             self.link,
-            K,
             SLOTS,
             AlwaysMore(self.history),
             Costs(),
             lambda name: self.history[name],
             self.counters,
+            FixedPlan(Plan(K, BUDGET)),
             wait_s,
         )
 
@@ -327,9 +329,9 @@ def test_a_law_that_does_not_come_is_not_waited_for_long(bench: Bench, clock: Cl
     if wrong != "nothing":
         bench.link.table.publish(a.slot, epoch, round_, [np.ones(VOCAB, dtype=np.float32)] * depth)
     bench.link.ready = wrong != "draft gone"
-    assert isinstance(bench.proposer.laws(["a"], [2])[0], Unknown)
+    assert all(isinstance(law, PointMass) for law in bench.proposer.laws(["a", "a", "a"], [2, 2, 2]))
     assert clock.now - 100.0 <= 1.1 * proposer_module.LAWS_DEADLINE_S
-    assert bench.counters["laws_late"] == 1
+    assert bench.counters["laws_late"] == 3
 
 
 def test_a_law_may_come_while_it_is_waited_for(bench: Bench, clock: Clock) -> None:
@@ -340,3 +342,27 @@ def test_a_law_may_come_while_it_is_waited_for(bench: Bench, clock: Clock) -> No
     clock.on_nap = lambda: bench.link.table.publish(a.slot, a.epoch, 1, [law])
     assert isinstance(bench.proposer.laws(["a"], [1])[0], np.ndarray)
     assert clock.naps == 1
+
+
+def test_a_plan_limits_drafts_and_tells_the_draft(bench: Bench) -> None:
+    a = bench.start("a")
+    bench.start("b")
+    bench.proposer.planner = FixedPlan(Plan(2, 5))
+    bench.link.publish(a, 0, 0, 50, [51, 52, 53])
+    assert bench.proposer.propose(["a", "b"], [[50], [60]]) == [[51, 52], [5, 90]]
+    (message,) = bench.link.take_sent()
+    assert isinstance(message, Outcomes)
+    assert (message.num_drafts, message.branch_budget) == (2, 5)
+    assert [row.drafts for row in message.rows] == [[51, 52], [5, 90]]
+
+
+def test_a_plan_without_speculation(bench: Bench) -> None:
+    a = bench.start("a")
+    bench.start("b")
+    bench.proposer.planner = FixedPlan(Plan(0, 0))
+    bench.link.publish(a, 0, 0, 50, [51, 52, 53])
+    assert bench.proposer.propose(["a", "b"], [[50], [60]]) == [[], []]
+    (message,) = bench.link.take_sent()
+    assert isinstance(message, Outcomes)
+    assert (message.num_drafts, message.branch_budget) == (0, 0)
+    assert bench.counters["fallback_ngram"] == 0

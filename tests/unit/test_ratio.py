@@ -9,7 +9,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from vllm_ssd.draft.engine import saguaro
-from vllm_ssd.draft_laws import DraftLaw, PointMass, Unknown
+from vllm_ssd.draft_laws import DraftLaw, PointMass
 from vllm_ssd.noise import draft_seed, gumbel
 from vllm_ssd.ratio import verify
 from vllm_ssd.verification import Places, draw
@@ -65,9 +65,18 @@ def test_point_masses() -> None:
     assert sum(len(row) == 2 for row in rows) / COUNT == pytest.approx(P[2].item(), abs=0.02)
 
 
-def test_an_unknown_law_yields_one_token_of_the_targets_own() -> None:
+def test_a_law_that_did_not_come_costs_acceptance_only() -> None:
+    """Any draft may count as a point mass, also one that was drawn."""
     seeds = torch.arange(COUNT)
-    rows = verified(Unknown(), drawn(Q, seeds, 7), seeds)
+    rows = verified(PointMass(), drawn(Q, seeds, 7), seeds)
+    assert p_value([row[0] for row in rows], P) > 1e-3
+    assert sum(len(row) == 2 for row in rows) / COUNT == pytest.approx((P * Q).sum().item(), abs=0.02)
+
+
+def test_a_place_without_a_draft() -> None:
+    """vLLM fills up with -1."""
+    seeds = torch.arange(COUNT)
+    rows = verified(PointMass(), torch.full_like(seeds, -1), seeds)
     assert {len(row) for row in rows} == {1}
     assert p_value([row[0] for row in rows], P) > 1e-3
 
@@ -107,13 +116,13 @@ def test_faults_would_show(fault: str) -> None:
 
 def test_rows_of_every_kind_in_one_step() -> None:
     torch.manual_seed(0)
-    laws: list[DraftLaw] = [as_law(Q).repeat(3, axis=0), PointMass(), Unknown(), PointMass()]
+    laws: list[DraftLaw] = [as_law(Q).repeat(3, axis=0), PointMass(), PointMass(), PointMass()]
     num_drafts = [2, 1, 2, 0]
     seeds = torch.arange(4)
     places = Places(seeds, seeds + 3, torch.tensor(num_drafts), seeds < 0, VOCAB)
     logits = torch.randn(5, VOCAB)
     bonus = torch.arange(4)
-    drafts = torch.tensor([1, 0, 3, 2, 2])
+    drafts = torch.tensor([1, 0, 3, -1, -1])
     together = verify(places, laws, drafts, logits, bonus)
     begin = 0
     for row, count in enumerate(num_drafts):

@@ -8,9 +8,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from target import VOCAB, Setup, Target, prompt
+from toy import START, digest, fingerprint
 
-from vllm_ssd.channel import Missed, MissedRow, Outcomes, Reset, RoundOutcome, Stop
+from vllm_ssd.channel import Missed, MissedRow, Outcomes, Reset, RoundOutcome, Sampling, Stop
 from vllm_ssd.fanout import listed_fanout, uniform_fanout
+from vllm_ssd.noise import draft_seed
 from vllm_ssd.outcome import EPOCH, Outcome
 
 
@@ -210,9 +212,9 @@ def test_late_messages_of_an_earlier_epoch_or_round_change_nothing() -> None:
     target.settle()
     branches = target.published(0)
     target.server.handle(Stop(0, old.epoch))
-    target.server.handle(Outcomes([RoundOutcome(0, old.epoch, 0, [9], [])]))
-    target.server.handle(Outcomes([RoundOutcome(0, old.epoch + 1, 7, [9], [])]))
-    target.server.handle(Outcomes([RoundOutcome(3, 1, 0, [9], [])]))
+    target.server.handle(Outcomes([RoundOutcome(0, old.epoch, 0, [9], [])], 3, 8))
+    target.server.handle(Outcomes([RoundOutcome(0, old.epoch + 1, 7, [9], [])], 3, 8))
+    target.server.handle(Outcomes([RoundOutcome(3, 1, 0, [9], [])], 3, 8))
     target.server.handle(Stop(3, 1))
     target.settle()
     assert target.published(0) == branches
@@ -440,4 +442,72 @@ def test_geometric_fan_out_follows_the_outcomes() -> None:
     ks = [k for k, _, _ in target.published(0)]
     assert ks.count(0) >= 4
     assert set(ks) == {0, 1, 2, 3}
+    target.finish()
+
+
+def test_the_target_may_want_less() -> None:
+    """Fewer drafts and branches, then none, then all again: what is published follows, and hits go on."""
+    target = Target(Setup(num_drafts=4, budget=10))
+    rng = random.Random(5)
+    target.start(0, prompt(rng, 8))
+    for num_drafts, budget in ((4, 10), (2, 5), (0, 0), (0, 0), (4, 10), (1, 3)):
+        target.settle()
+        branches = target.published(0)
+        target.num_drafts, target.budget = num_drafts, budget
+        k, token = branches[-1][:2] if branches else (0, rng.randrange(VOCAB))
+        target.decide(0, k, token)
+        target.settle()
+        assert len(target.published(0)) == budget
+        lengths = {len(drafts) for _, _, drafts in target.published(0)}
+        assert lengths <= {num_drafts, num_drafts + 1}  # the step for the tips yields one more
+    assert target.hits >= 4
+    target.finish()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_laws_are_those_that_the_served_drafts_were_drawn_from(seed: int) -> None:
+    """Of the right branch, prefix, round and noise; after full depth, partial depth, and just in time."""
+    target = Target(Setup(num_drafts=3, budget=6), draws=True)
+    rng = random.Random(seed)
+    request = target.start(0, prompt(rng, 8), Sampling(1.0, 77))
+    num_checked = 0
+    for _ in range(30):
+        for _ in range(rng.randint(0, 8)):
+            target.step()
+        made_in, before = request.round, list(request.tokens)
+        if rng.random() < 0.3:
+            k, token = rng.randint(0, len(request.drafts)), rng.randrange(VOCAB)
+            target.await_drafts(0, k, token, 2)
+            for _ in range(4):
+                target.step()
+            target.decide(0, k, token)
+        else:
+            target.decide_like(0, rng)
+        adopted = target.server._requests[0].verifies_branch
+        laws = target.laws.read(0, request.epoch, request.round, max(1, len(request.drafts)))
+        if not adopted or not request.drafts:
+            continue
+        assert laws is not None
+        assert len(before) < len(request.tokens)
+        for i in range(len(request.drafts)):
+            state = START
+            for position, token in enumerate([*request.tokens, *request.drafts[:i]]):
+                state = digest(state, token, position)
+            assert set(laws[i].tolist()) == {fingerprint(state, draft_seed(77, made_in))}
+        num_checked += 1
+    assert num_checked > 5
+    target.finish()
+
+
+def test_a_branch_that_has_come_meanwhile_is_kept() -> None:
+    """The target's question crossed the draft's fork: what it waits for is there already."""
+    target = Target(Setup())
+    target.start(0, prompt(random.Random(0), 6))
+    for _ in range(3):
+        target.step()
+    k, token, drafts = target.published(0)[0]
+    assert drafts
+    target.await_drafts(0, k, token, 1)
+    assert target.decide(0, k, token) == drafts
+    assert target.counters["adopted"] == 1
     target.finish()

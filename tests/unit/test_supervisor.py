@@ -14,7 +14,7 @@ from vllm_ssd.channel import PROTOCOL_VERSION, Configure, Failed, Ready, Reset, 
 from vllm_ssd.counters import DRAFT_COUNTERS_FILE, DRAFT_FIELDS, Counters, target_fields
 from vllm_ssd.supervisor import KILL_AFTER_STALLS, DraftFailed, DraftSupervisor, State
 
-READY = Ready(PROTOCOL_VERSION, 100, 10, 32)
+READY = Ready(PROTOCOL_VERSION, 100, 10, 32, 0.1, 0.01)
 READY_TIMEOUT, STALL_TIMEOUT, MAX_RESTARTS = 30.0, 2.0, 2
 
 

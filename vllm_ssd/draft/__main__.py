@@ -46,10 +46,12 @@ def _build_server(configure: Configure, channel: Channel):  # type: ignore[no-un
     from vllm_ssd.draft.server import DraftServer
     from vllm_ssd.draft_laws import DraftLaws
     from vllm_ssd.outcome import OutcomeCache
+    from vllm_ssd.speed_model import measure_line
 
     register()
     engine = DraftEngine(configure)
     engine.warm_up()
+    step_times = measure_line(engine.run_on_scratch_blocks, 1, configure.max_rows)
     cache = OutcomeCache(
         Path(configure.table_dir),
         configure.max_slots,
@@ -68,7 +70,9 @@ def _build_server(configure: Configure, channel: Channel):  # type: ignore[no-un
         )
     counters = Counters(Path(configure.shared_dir) / DRAFT_COUNTERS_FILE, DRAFT_FIELDS, create=False)
     counters.set("messages", 0)
-    channel.send(Ready(PROTOCOL_VERSION, engine.vocab_size, engine.num_blocks, engine.block_size))
+    channel.send(
+        Ready(PROTOCOL_VERSION, engine.vocab_size, engine.num_blocks, engine.block_size, *step_times)
+    )
     return DraftServer(configure, engine, channel, cache, counters, laws)
 
 

@@ -85,12 +85,19 @@ class DraftEngine:
         With torch.compile this is where the compilation happens. vLLM drops the compiled code's guards, so
         the first batch decides which sizes are dynamic: it has to have several rows of different lengths.
         """
+        self._run_on_scratch_blocks(num_rows, 2)
+
+    def run_on_scratch_blocks(self, num_rows: int) -> None:
+        """One step over so many short rows, before any block is in use."""
+        self._run_on_scratch_blocks(num_rows, 1)
+
+    def _run_on_scratch_blocks(self, num_rows: int, length: int) -> None:
         rows = Rows(
-            tokens=np.zeros(2 * num_rows, dtype=np.int64),
-            positions=np.tile(np.arange(2), num_rows),
-            query_lens=np.full(num_rows, 2, dtype=np.int32),
+            tokens=np.zeros(length * num_rows, dtype=np.int64),
+            positions=np.tile(np.arange(length), num_rows),
+            query_lens=np.full(num_rows, length, dtype=np.int32),
             block_tables=np.arange(num_rows, dtype=np.int32)[:, None] % self.num_blocks,
-            wanted=np.arange(1, 2 * num_rows, 2),
+            wanted=np.arange(length - 1, length * num_rows, length),
         )
         self.forward(rows, num_candidates=2)
 

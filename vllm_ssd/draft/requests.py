@@ -147,10 +147,10 @@ class DraftRequest:
         """The target waits for drafts after `tokens`, which it decided on: nothing else can happen any more.
 
         Returns:
-            False where these tokens cannot end this round.
+            False where these tokens cannot end this round, or have a branch by now.
         """
         k = len(tokens) - 1
-        if not self._continues(tokens):
+        if not self._continues(tokens) or any(group.find(k, tokens[k]) is not None for group in self.groups):
             return False
         self._release_branches()
         del self.tokens[self.num_confirmed + k :]

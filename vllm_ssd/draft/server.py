@@ -28,6 +28,7 @@ from vllm_ssd.channel import (
     Stop,
     ToDraft,
 )
+from vllm_ssd.costs import RunningMean
 from vllm_ssd.counters import Counters
 from vllm_ssd.draft.blocks import BlockPool
 from vllm_ssd.draft.branches import BranchGroup
@@ -95,9 +96,12 @@ class DraftServer:
         self._pool = BlockPool(engine.num_blocks, engine.block_size)
         self._requests: dict[int, DraftRequest] = {}  # by slot
         self._num_drafts = configure.num_speculative_tokens
+        self._depth = self._num_drafts  # steps of branches, as the target wants at present
+        self._budget = configure.branch_budget
         self._num_candidates = min(configure.branch_budget + 1, engine.vocab_size)
         self._starved: set[int] = set()  # slots that wait for KV blocks
         self._measured = Measured(configure.branch_budget)
+        self._recent_step_ns = RunningMean(1e6)
 
     def run(self) -> None:
         """Serve until told to shut down."""
@@ -118,6 +122,7 @@ class DraftServer:
         if isinstance(message, Start):
             self._start(message)
         elif isinstance(message, Outcomes):
+            self._depth, self._budget = message.num_drafts, message.branch_budget
             for outcome in message.rows:
                 self._settle(outcome)
         elif isinstance(message, Missed):
@@ -138,9 +143,9 @@ class DraftServer:
         trunk_rows, groups = self._trunk_rows(requests), self._groups(requests, below=self._num_drafts)
         if not trunk_rows and not groups:
             requests = list(self._requests.values())
-            trunk_rows, groups = self._trunk_rows(requests), self._groups(requests, below=self._num_drafts)
-        if not trunk_rows and not groups:
-            groups = self._groups(requests, below=self._num_drafts + 1)  # idle: compute the tips
+            trunk_rows, groups = self._trunk_rows(requests), self._groups(requests, below=self._depth)
+        if not trunk_rows and not groups and self._depth:
+            groups = self._groups(requests, below=self._depth + 1)  # idle: compute the tips
         if not trunk_rows and not groups:
             return False
         began = time.perf_counter_ns()
@@ -149,7 +154,11 @@ class DraftServer:
         self._take_in(trunk_rows, groups, candidates)
         self._counters.add("steps")
         self._counters.add("rows", len(rows.query_lens))
-        self._counters.add("step_ns", time.perf_counter_ns() - began)
+        step_ns = time.perf_counter_ns() - began
+        self._counters.add("step_ns", step_ns)
+        if len(rows.tokens) <= len(rows.query_lens) + self._num_drafts:  # no prompt in it
+            self._recent_step_ns.add(min(step_ns, 4 * self._recent_step_ns.value))
+            self._counters.set("recent_step_ns", int(self._recent_step_ns.value))
         return True
 
     def _start(self, message: Start) -> None:
@@ -176,8 +185,10 @@ class DraftServer:
         request = self._asked_about(missed)
         if request is None:
             return
-        self._measure(request, missed.tokens)
+        statistics, k, token = self._statistics(request), len(missed.tokens) - 1, missed.tokens[-1]
+        num_sent, rank = request.num_sent, request.rank(k, token)
         if request.await_drafts(missed.tokens, missed.num_drafts):
+            statistics.add(k, num_sent, rank)
             self._cache.close_branches(missed.slot)
             self._starved.clear()
 
@@ -185,8 +196,9 @@ class DraftServer:
         request = self._asked_about(outcome)
         if request is None:
             return
-        if request.awaited is None:
-            self._measure(request, outcome.tokens)
+        if request.awaited is None:  # else it was counted then
+            k, token = len(outcome.tokens) - 1, outcome.tokens[-1]
+            self._statistics(request).add(k, request.num_sent, request.rank(k, token))
         laws = request.settle(outcome)
         if laws is not None:
             self._counters.add("adopted")
@@ -201,11 +213,9 @@ class DraftServer:
             return None
         return request
 
-    def _measure(self, request: DraftRequest, tokens: list[int]) -> None:
-        """Learn from the target's decision on a round."""
-        statistics = self._measured.of(request.verifies_branch, request.sampling.temperature)
-        k = len(tokens) - 1
-        statistics.add(k, request.num_sent, request.rank(k, tokens[k]))
+    def _statistics(self, request: DraftRequest) -> OutcomeStatistics:
+        """Those of rounds like the request's present one."""
+        return self._measured.of(request.verifies_branch, request.sampling.temperature)
 
     def _fork(self) -> None:
         copies = BlockCopies()
@@ -230,11 +240,11 @@ class DraftServer:
     def _branch_budget(self) -> int:
         """Branches per request, such that all requests' branches fit in one step's rows."""
         share = self._configure.max_rows // max(1, len(self._requests))
-        return min(self._configure.branch_budget, max(1, share))
+        return min(self._budget, max(1, share))
 
     def _choose_branches(self, request: DraftRequest, budget: int) -> dict[int, list[int]]:
         """The tokens to fork at each accepted length of the request that has no branches yet."""
-        statistics = self._measured.of(request.verifies_branch, request.sampling.temperature)
+        statistics = self._statistics(request)
         outcomes = request.outcomes(statistics.acceptance)
         counts = self._fan_out(request, statistics, outcomes, budget)
         # What is measured may have changed since this round's first fork.
