@@ -125,7 +125,7 @@ def test_requests_without_a_seed_differ(engines: Engines, pair: tuple[Path, Path
 
 
 def test_ratio_answers_the_same_requests(engines: Engines, pair: tuple[Path, Path]) -> None:
-    """Seeded ones with prompts in chunks, ones with top_k alone, and prompts of one token ended the engine."""
+    """Prompts of one token, seeded ones with prompts in chunks, and top_k alone, each ended the engine."""
     llm = engines.get(pair[0], ssd(pair[1], 3, ssd_verify="ratio"), max_num_batched_tokens=64)
     asked = params()
     answers = generate(llm, prompts(), asked)
