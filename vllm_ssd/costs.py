@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-FADING = 0.95  # weight of a value, one value later
+FADING = 0.99  # weight of a value, one value later
 NONE, NGRAM, DRAFT = "none", "ngram", "draft"  # where a row's drafts come from
 
 

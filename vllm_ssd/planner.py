@@ -8,6 +8,7 @@ speculation stops, to be tried again later.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -80,15 +81,23 @@ class Planner:
         max_rows: of one step of the draft.
         times: of steps, as measured at the start.
         costs: of rounds, as measured so far; for the acceptance.
+        step_seconds: what a step of the draft took of late, 0 before the first.
     """
 
     def __init__(
-        self, num_drafts: int, branch_budget: int, max_rows: int, times: StepTimes, costs: Costs
+        self,
+        num_drafts: int,
+        branch_budget: int,
+        max_rows: int,
+        times: StepTimes,
+        costs: Costs,
+        step_seconds: Callable[[], float],
     ) -> None:
         self._most = Plan(num_drafts, branch_budget)
         self._max_rows = max_rows
         self._times = times
         self._costs = costs
+        self._step_seconds = step_seconds
         self._buckets: dict[int, Bucket] = {}
 
     def plan(self, batch: int) -> Plan:
@@ -123,13 +132,15 @@ class Planner:
         return best if speeds[best] > WORTH_A_CHANGE * speeds[bucket.plan] else bucket.plan
 
     def _predicted_speeds(self, batch: int, bucket: Bucket) -> dict[Plan, float]:
+        branches = min(bucket.plan.branch_budget, max(1, self._max_rows // batch))
+        draft_base = self._step_seconds() - self._times.draft_per_row * batch * branches
         times = StepTimes(
             bucket.base.value,
             self._times.verify_per_token,
-            self._times.draft_base,
+            max(draft_base, self._times.draft_base),  # beside a busy target it is slower than by itself
             self._times.draft_per_row,
         )
-        pair = self._pair(batch, bucket)
+        pair = self._pair(bucket, branches)
         speeds = {Plan(0, 0): predict_plain(times, batch).tokens_per_second}
         for num_drafts in range(1, self._most.num_drafts + 1):
             for budget in {max(1, self._most.branch_budget // part) for part in (1, 2, 4)}:
@@ -137,10 +148,9 @@ class Planner:
                 speeds[Plan(num_drafts, budget)] = prediction.tokens_per_second
         return speeds
 
-    def _pair(self, batch: int, bucket: Bucket) -> PairStatistics:
+    def _pair(self, bucket: Bucket, branches: int) -> PairStatistics:
         """The level of misses is such that the model foresees what was foreseen under the present plan."""
         acceptance = min(max(self._costs.acceptance.value, 0.01), 0.99)
-        branches = min(bucket.plan.branch_budget, max(1, self._max_rows // batch))
         certain = PairStatistics(acceptance, 1.0, EXPONENT)
         misses = 1 - hit_rate(certain, bucket.plan.num_drafts, branches)
         level = (1 - bucket.foreseen.value) / max(misses, 1e-6)

@@ -96,7 +96,12 @@ class SSDWorker(CPUWorker):
             times = StepTimes(*measure_line(runner.time_step, 1, most_tokens), *self._supervisor.step_times)
             logger.info("SSD planner: %s", times)
             runner.proposer.planner = Planner(
-                ssd.num_speculative_tokens, ssd.ssd_branch_budget, ssd.ssd_max_rows, times, self._costs
+                ssd.num_speculative_tokens,
+                ssd.ssd_branch_budget,
+                ssd.ssd_max_rows,
+                times,
+                self._costs,
+                lambda: self._supervisor.step_seconds,
             )
         return warmed_up
 

@@ -78,9 +78,9 @@ def demanding_reference(engines: Engines, pair: tuple[Path, Path]) -> list[list[
         (1, {"ssd_fallback": "draft", "ssd_fanout": "geometric"}),
         # The draft reaches 300 positions, the target 1,024: beyond, rows go on with n-gram drafts alone.
         (4, {"ssd_fallback": "ngram", "max_model_len": 300}),
-        (4, {"ssd_fallback": "auto", "max_model_len": 600}),
+        (4, {"ssd_fallback": "auto", "max_model_len": 600, "ssd_planner": True}),
     ],
-    ids=["1-just-in-time-geometric", "4-ngram-short-draft", "4-auto"],
+    ids=["1-just-in-time-geometric", "4-ngram-short-draft", "4-auto-planned"],
 )
 def test_identical(
     engines: Engines,

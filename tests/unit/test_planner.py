@@ -22,7 +22,10 @@ class Simulation:
         self._pair = pair
         self._rng = random.Random(0)
         self.costs = Costs()
-        self.planner = Planner(MOST.num_drafts, MOST.branch_budget, MAX_ROWS, times, self.costs)
+        self.planner = Planner(
+            MOST.num_drafts, MOST.branch_budget, MAX_ROWS, times, self.costs, lambda: self.step_seconds
+        )
+        self.step_seconds = 0.0
 
     @property
     def real_times(self) -> StepTimes:
@@ -103,3 +106,12 @@ def test_batch_sizes_are_planned_apart() -> None:
 
 def test_begins_with_what_the_user_set() -> None:
     assert Simulation(StepTimes(0.005, 0.0001, 0.0005, 0.00001), GOOD).planner.plan(3) == MOST
+
+
+def test_a_draft_is_taken_at_its_present_speed() -> None:
+    simulation = Simulation(StepTimes(0.005, 0.0001, 0.0003, 0.0), GOOD)
+    planner = simulation.planner
+    simulation.run(4, PERIOD)
+    before = planner._predicted_speeds(4, planner._bucket(4))[MOST]
+    simulation.step_seconds = 0.004
+    assert planner._predicted_speeds(4, planner._bucket(4))[MOST] < 0.7 * before
