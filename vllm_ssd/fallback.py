@@ -22,7 +22,7 @@ MIN_NGRAM, MAX_NGRAM = 3, 5
 POLL_S = 50e-6
 PATIENCE = 4  # times as long as the draft's steps take on average
 MOST_PATIENCE_S = 0.25
-SILENCE = 64  # waits in which a request that got nothing is not asked for
+SILENCE_S = 1.0  # in which a request that got nothing is not asked for
 MOST_SILENT = 1024  # requests remembered
 TRY_OTHER_EVERY = 32  # misses, after which `auto` tries what it did not choose, to go on measuring it
 
@@ -119,8 +119,7 @@ class JustInTimeFallback:
     def __init__(self, costs: Costs, num_drafts: int) -> None:
         self._costs = costs
         self._num_drafts = num_drafts
-        self._num_waits = 0
-        self._silent_until: dict[str, int] = {}  # by request, the wait at which it is asked for again
+        self._silent_until: dict[str, float] = {}  # by request, when it is asked for again
 
     def propose(self, missed: Sequence[MissedOutcome], draft: DraftAccess) -> list[Drafts]:
         num_askable = len(self.askable(missed, draft))
@@ -130,7 +129,8 @@ class JustInTimeFallback:
         """The rows that the draft may have drafts for."""
         if draft.cache is None or not draft.step_seconds:
             return []
-        return [row for row in missed if self._silent_until.get(row.request_id, 0) <= self._num_waits]
+        now = time.perf_counter()
+        return [row for row in missed if self._silent_until.get(row.request_id, now) <= now]
 
     def best_length(self, num_missed: int, step_seconds: float) -> tuple[int, float]:
         """The number of drafts that makes the batch fastest, and how fast: 0 where waiting never pays.
@@ -151,7 +151,6 @@ class JustInTimeFallback:
         asked = self.askable(missed, draft)
         if not asked:
             return [NOTHING] * len(missed)
-        self._num_waits += 1
         rows = [
             MissedRow(row.outcome.slot, row.outcome.epoch, row.outcome.round, row.tokens, length)
             for row in asked
@@ -168,9 +167,8 @@ class JustInTimeFallback:
         """A request that got nothing may be too long for the draft, or in its prefill: not so soon again."""
         if len(self._silent_until) > MOST_SILENT:
             self._silent_until.clear()
-        for row in asked:
-            if row.request_id not in found:
-                self._silent_until[row.request_id] = self._num_waits + SILENCE
+        until = time.perf_counter() + SILENCE_S
+        self._silent_until |= {row.request_id: until for row in asked if row.request_id not in found}
 
 
 def _await_depth(draft: DraftAccess, outcomes: list[Outcome], length: int) -> list[list[int] | None]:
