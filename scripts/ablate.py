@@ -25,12 +25,11 @@ from typing import Any
 
 import numpy as np
 from bench import (
-    BLOCK_SIZE,
-    SPARE_POSITIONS,
     WARM_UP_TOKENS,
     Contestant,
     Measurements,
     make_prompts,
+    room_for,
     summarise,
     turn_order,
 )
@@ -165,14 +164,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
 
 def engine_spec(point: Point, args: argparse.Namespace, cores: Cores, max_batch: int) -> EngineSpec:
     """The engine that measures this point."""
-    length = PROMPT_TOKENS + args.out_tokens + SPARE_POSITIONS
-    more = {
-        "max_model_len": length,
-        "max_num_seqs": max_batch,
-        "enable_prefix_caching": False,
-        "block_size": BLOCK_SIZE,
-        "num_gpu_blocks_override": 2 * max_batch * (length // BLOCK_SIZE + 2),
-    }
+    more = room_for(max_batch, PROMPT_TOKENS + args.out_tokens)
     chosen = engine_args(args.target, point.method, args.draft, point.k, cores, {}, **more)
     chosen["speculative_config"] |= point.options
     return EngineSpec(point.engine, chosen, cores)

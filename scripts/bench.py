@@ -214,6 +214,19 @@ def speedup(name: str, row: dict[str, Any], other: dict[str, Any]) -> dict[str, 
     return {name: rounded(median(ratios)), f"{name}_spread": spread(ratios)}
 
 
+def room_for(num_requests: int, num_tokens: int) -> dict[str, Any]:
+    """Engine arguments for so many requests at once of so many tokens each, and for no more."""
+    length = num_tokens + SPARE_POSITIONS
+    return {
+        "max_model_len": length,
+        "max_num_seqs": num_requests,
+        "enable_prefix_caching": False,
+        # All engines are in memory at once: KV blocks for all requests, twice if a draft needs its own.
+        "block_size": BLOCK_SIZE,
+        "num_gpu_blocks_override": 2 * num_requests * (length // BLOCK_SIZE + 2),
+    }
+
+
 def make_prompts(tokenizer_of: str, count: int, num_tokens: int) -> Iterator[list[int]]:
     """`count` prompts of `num_tokens` tokens, no two with a common beginning."""
     from demo.prompts import demo_prompts  # imports transformers and so torch: seconds
@@ -262,16 +275,7 @@ class Bench:
 
     def _spec(self, contestant: Contestant) -> EngineSpec:
         args = self._args
-        length, num_requests = args.prompt_tokens + args.out_tokens + SPARE_POSITIONS, max(args.batch)
-        more: dict[str, Any] = {
-            "max_model_len": length,
-            "max_num_seqs": num_requests,
-            "enable_prefix_caching": False,
-            # All engines are in memory at once: KV blocks for all requests, twice if a draft needs its own.
-            "block_size": BLOCK_SIZE,
-            "num_gpu_blocks_override": 2 * num_requests * (length // BLOCK_SIZE + 2),
-        }
-        more |= args.engine_args
+        more = room_for(max(args.batch), args.prompt_tokens + args.out_tokens) | args.engine_args
         return EngineSpec(
             contestant.label,
             engine_args(

@@ -8,11 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from target import VOCAB, Setup, Target, prompt
-from toy import START, digest, fingerprint
 
-from vllm_ssd.channel import Missed, MissedRow, Outcomes, Reset, RoundOutcome, Sampling, Stop
+from vllm_ssd.channel import Outcomes, Reset, RoundOutcome, Stop
 from vllm_ssd.fanout import listed_fanout, uniform_fanout
-from vllm_ssd.noise import draft_seed
 from vllm_ssd.outcome import EPOCH, Outcome
 
 
@@ -379,53 +377,6 @@ def test_a_long_run(seed: int) -> None:
     target.finish()
 
 
-@pytest.mark.parametrize("steps", range(6))
-@pytest.mark.parametrize("k", range(4))
-def test_just_in_time_drafts_come_before_anything_else(steps: int, k: int) -> None:
-    """The target waits after a miss: the draft makes this branch, and adopts it when it is told."""
-    target = Target(Setup())
-    rng = random.Random(3)
-    first, other = target.start(0, prompt(rng, 6)), target.start(1, prompt(rng, 6))
-    target.settle()
-    for slot in (0, 1):
-        _, token, _ = target.published(slot)[0]
-        target.decide(slot, 0, token)
-    for _ in range(steps):
-        target.step()
-    (unlikely,) = target.oracle.rank([*first.tokens, *first.drafts[:k]])[-1:].tolist()
-    rows_before = len(target.engine.row_counts)
-    target.await_drafts(0, k, unlikely, 2)
-    while not target.published(0) or len(target.published(0)[0][2]) < 2:
-        target.step()
-    assert max(target.engine.row_counts[rows_before:]) == 1
-    assert len(target.engine.row_counts) - rows_before <= 3
-    adopted = target.counters["adopted"]
-    drafts = target.decide(0, k, unlikely)
-    assert len(drafts) == 2
-    assert target.counters["adopted"] == adopted + 1
-    target.settle()
-    assert len(target.published(0)) == target.setup.budget
-    assert other.round == 1
-    target.finish()
-
-
-def test_awaited_drafts_of_another_round_or_branch_are_ignored() -> None:
-    target = Target(Setup())
-    request = target.start(0, prompt(random.Random(0), 6))
-    target.settle()
-    before = target.published(0)
-    for missed in (
-        MissedRow(0, request.epoch, 7, [1], 2),
-        MissedRow(0, request.epoch + 1, 0, [1], 2),
-        MissedRow(3, request.epoch, 0, [1], 2),
-        MissedRow(0, request.epoch, 0, [9, 9, 9], 2),
-    ):
-        target.server.handle(Missed([missed]))
-        assert not target.step()
-        assert target.published(0) == before
-    target.finish()
-
-
 def test_geometric_fan_out_follows_the_outcomes() -> None:
     """Where the first draft is always rejected, most branches go to k = 0."""
     target = Target(Setup(budget=8, fanout="geometric", vocab=64))
@@ -461,53 +412,4 @@ def test_the_target_may_want_less() -> None:
         lengths = {len(drafts) for _, _, drafts in target.published(0)}
         assert lengths <= {num_drafts, num_drafts + 1}  # the step for the tips yields one more
     assert target.hits >= 4
-    target.finish()
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_laws_are_those_that_the_served_drafts_were_drawn_from(seed: int) -> None:
-    """Of the right branch, prefix, round and noise; after full depth, partial depth, and just in time."""
-    target = Target(Setup(num_drafts=3, budget=6), draws=True)
-    rng = random.Random(seed)
-    request = target.start(0, prompt(rng, 8), Sampling(1.0, 77))
-    num_checked = 0
-    for _ in range(30):
-        for _ in range(rng.randint(0, 8)):
-            target.step()
-        made_in, before = request.round, list(request.tokens)
-        if rng.random() < 0.3:
-            k, token = rng.randint(0, len(request.drafts)), rng.randrange(VOCAB)
-            target.await_drafts(0, k, token, 2)
-            for _ in range(4):
-                target.step()
-            target.decide(0, k, token)
-        else:
-            target.decide_like(0, rng)
-        adopted = target.server._requests[0].verifies_branch
-        laws = target.laws.read(0, request.epoch, request.round, max(1, len(request.drafts)))
-        if not adopted or not request.drafts:
-            continue
-        assert laws is not None
-        assert len(before) < len(request.tokens)
-        for i in range(len(request.drafts)):
-            state = START
-            for position, token in enumerate([*request.tokens, *request.drafts[:i]]):
-                state = digest(state, token, position)
-            assert set(laws[i].tolist()) == {fingerprint(state, draft_seed(77, made_in))}
-        num_checked += 1
-    assert num_checked > 5
-    target.finish()
-
-
-def test_a_branch_that_has_come_meanwhile_is_kept() -> None:
-    """The target's question crossed the draft's fork: what it waits for is there already."""
-    target = Target(Setup())
-    target.start(0, prompt(random.Random(0), 6))
-    for _ in range(3):
-        target.step()
-    k, token, drafts = target.published(0)[0]
-    assert drafts
-    target.await_drafts(0, k, token, 1)
-    assert target.decide(0, k, token) == drafts
-    assert target.counters["adopted"] == 1
     target.finish()
