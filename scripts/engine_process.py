@@ -75,6 +75,8 @@ class Engine:
     def generate(self, task: GenerationTask) -> GenerationResult:
         """Run all requests of the task; nothing else is in the engine."""
         self._stats.reset()
+        if self._is_ssd:
+            self._engine.collective_rpc("ssd_plan", args=task.plan or ())
         ssd_before = self._ssd_counters()
         count = len(task.prompts)
         result = GenerationResult(outputs=[[] for _ in range(count)], top_two=[[] for _ in range(count)])

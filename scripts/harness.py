@@ -83,6 +83,7 @@ class GenerationTask:
     max_in_flight: list[int]
     temperature: float = 0.0
     want_top_two: bool = False
+    plan: tuple[int, int] | None = None  # K and branch budget, of an engine with SSD; None: as configured
 
 
 @dataclass(frozen=True)

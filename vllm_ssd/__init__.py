@@ -16,6 +16,7 @@ def register() -> None:
 
     if compat.is_supported_version():
         compat.add_method_ssd()
+        compat.allow_async_scheduling()
         compat.mend_cpu_sampling()
         compat.mend_min_tokens_of_bonus()
         compat.add_metrics()

@@ -48,6 +48,20 @@ def add_method_ssd() -> None:
     EngineArgs.create_speculative_config = create_speculative_config
 
 
+def allow_async_scheduling() -> None:
+    """Let vLLM 0.32 schedule asynchronously for method "ssd", as it does by default for its own on V2.
+
+    Why: it has a list of methods that may, made of these names. 0.33 asks V1 only.
+    """
+    from typing import Literal, get_args
+
+    from vllm.config import vllm as module
+
+    stock = module.NgramGPUTypes
+    if "ssd" not in get_args(stock):
+        module.NgramGPUTypes = Literal[(*get_args(stock), "ssd")]
+
+
 def refuse_method_ssd() -> None:
     """On an unsupported vLLM: one clear error for method "ssd", no change for anybody else."""
     import vllm
@@ -173,19 +187,39 @@ def add_metrics() -> None:
 
 @contextmanager
 def cpu_runner_class(runner_class: type) -> Iterator[None]:
-    """Let `CPUWorker.init_device` build our model runner.
+    """Let `CPUWorker.init_device` build our model runner, V1 or V2.
 
-    Why: the CPU worker names its runner class in code, where the GPU worker has `_make_model_runner`.
+    Why: the CPU worker names its runner classes in code, where the GPU worker has `_make_model_runner`.
     Goes when the CPU worker gets the same hook.
     """
-    from vllm.v1.worker import cpu_worker
+    from vllm.v1.worker import cpu_model_runner, cpu_worker
 
-    stock = cpu_worker.CPUModelRunner
-    cpu_worker.CPUModelRunner = runner_class
+    if issubclass(runner_class, cpu_model_runner.CPUModelRunner):
+        module = cpu_worker
+    else:
+        from vllm.v1.worker.cpu import model_runner as module
+    stock = module.CPUModelRunner
+    module.CPUModelRunner = runner_class
     try:
         yield
     finally:
-        cpu_worker.CPUModelRunner = stock
+        module.CPUModelRunner = stock
+
+
+@contextmanager
+def speculator_class(speculator_class: Callable[[Any, torch.device], Any]) -> Iterator[None]:
+    """Let `GPUModelRunner.__init__` (V2) build our speculator from (vllm_config, device).
+
+    Why: `init_speculator` raises on methods outside its list. Goes when vLLM lets plugins register one.
+    """
+    from vllm.v1.worker.gpu import model_runner
+
+    stock = model_runner.init_speculator
+    model_runner.init_speculator = lambda config, device, states: speculator_class(config, device)
+    try:
+        yield
+    finally:
+        model_runner.init_speculator = stock
 
 
 @contextmanager

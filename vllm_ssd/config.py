@@ -111,7 +111,7 @@ def create_ssd_config(engine_args: Any, target_model_config: Any, target_paralle
     if target_parallel_config.worker_cls != "auto":
         worker = target_parallel_config.worker_cls
         raise ValueError(f"method 'ssd' brings its own worker; remove worker_cls={worker!r}")
-    target_parallel_config.worker_cls = "vllm_ssd.worker.SSDWorker"
+    target_parallel_config.worker_cls = "vllm_ssd.worker_cpu.SSDWorker"
     engine_args.async_scheduling = False  # the V1 runner hands async drafters an empty list of tokens
     _leave_cores_to_draft(ssd.draft_cores)
     return ssd
@@ -169,8 +169,6 @@ def _refuse_foreign_options(ssd: SSDSpeculativeConfig) -> None:
 def _check_platform(ssd: SSDSpeculativeConfig) -> None:
     if not current_platform.is_cpu():
         raise ValueError("this version of method 'ssd' runs on the CPU only")
-    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
-        raise ValueError("this version of method 'ssd' needs VLLM_USE_V2_MODEL_RUNNER unset: V1 model runner")
     parallel = ssd.target_parallel_config
     for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
         if getattr(parallel, name) != 1:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vllm_ssd import compat
@@ -42,3 +43,27 @@ def verify(places: Places, drafts: Tensor, logits: Tensor, bonus: Tensor) -> lis
     """
     own = (logits + places.draft_noise).argmax(dim=-1)
     return new_tokens(places.num_drafts.tolist(), (own == drafts).tolist(), own.tolist(), bonus.tolist())
+
+
+def longest_agreement(
+    own: Tensor, drafts: Tensor, begins: Tensor, num_speculative_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """The same where rows stay on the device (V2 runner): the target's own tokens while drafts equal them.
+
+    Args:
+        own: [N], the target's token at each place; the places of a row follow each other.
+        drafts: [N], the token that was verified before each place: of place j + 1, the draft of place j. -1
+            where there is none. What stands at a row's first place is not looked at.
+        begins: [B + 1], each row's first place, and N.
+        num_speculative_tokens: K, the most drafts of a row.
+
+    Returns:
+        [B, K + 1] int64 new tokens, of which the first [B] int32 count.
+    """
+    columns = torch.arange(num_speculative_tokens + 1, device=own.device)
+    places = begins[:-1, None] + columns  # [B, K + 1]
+    last = len(own) - 1
+    tokens = own[places.clamp(max=last)]
+    is_draft = places + 1 < begins[1:, None]
+    agrees = is_draft & (tokens == drafts[(places + 1).clamp(max=last)])
+    return tokens, (agrees.cumprod(dim=1).sum(dim=1) + 1).int()

@@ -126,6 +126,11 @@ class Proposer:
         self._counters.add("critical_path_ns", time.perf_counter_ns() - began)
         return drafts
 
+    def verified(self, request_id: str) -> list[int]:
+        """The drafts of a request that are being verified."""
+        request = self._live.get(request_id)
+        return request.drafts.tokens if request else []
+
     def laws(self, request_ids: Sequence[str], num_drafts: Sequence[int]) -> list[DraftLaw]:
         """What the drafts were drawn from that are being verified, for ratio verification.
 

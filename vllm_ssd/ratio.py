@@ -65,6 +65,16 @@ def verify(
     return new_tokens(places.num_drafts.tolist(), is_kept.tolist(), tokens.tolist(), bonus.tolist())
 
 
+def law_as_logits(law: DraftLaw, drafts: Sequence[int], temperature: float, vocab_size: int) -> Tensor:
+    """[n, V] logits of n drafts whose softmax at the temperature is their law, as vLLM's V2 verifier wants."""
+    if isinstance(law, PointMass):
+        q = torch.zeros(len(drafts), vocab_size)
+        q[torch.arange(len(drafts)), torch.tensor(drafts)] = 1.0
+    else:
+        q = torch.from_numpy(law[: len(drafts)])
+    return q.log() * temperature
+
+
 def _stacked(
     laws: Sequence[DraftLaw], num_drafts: Sequence[int], at_draft: Tensor, is_draft: Tensor, p: Tensor
 ) -> Tensor:

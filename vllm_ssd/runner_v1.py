@@ -33,12 +33,12 @@ class NoDrafter:
 class SSDModelRunner(CPUModelRunner):
     """vLLM's runner, with the proposer told of requests and asked for drafts."""
 
-    proposer: Proposer
-    is_coupled: bool
+    proposer: Proposer  # set by the worker before the first request
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         with compat.no_stock_drafter(vllm_config.speculative_config, NoDrafter()):
             super().__init__(vllm_config, device)
+        self._is_coupled = vllm_config.speculative_config.ssd_verify == "coupled"
         self._seeds: dict[str, int] = {}  # of the requests that are sampled
 
     def token_history(self, request_id: str) -> list[int]:
@@ -90,7 +90,7 @@ class SSDModelRunner(CPUModelRunner):
         if self.input_batch.sampling_metadata.all_greedy:
             return super()._sample(logits, spec_decode_metadata)
         places = self._places(spec_decode_metadata)
-        if self.is_coupled:
+        if self._is_coupled:
             sampling = coupled_sampling(self.sampler, places)
         else:
             sampling = ratio_sampling(self.sampler, places, self._laws(places.num_drafts.tolist()))

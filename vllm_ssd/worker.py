@@ -1,4 +1,4 @@
-"""SSDWorker: vLLM's CPU worker with a draft process at its side and our model runner inside."""
+"""What a target's worker does for its draft, on any platform: starts, awaits, watches and stops it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_ssd import compat
 from vllm_ssd.channel import Configure
@@ -30,9 +29,8 @@ from vllm_ssd.fallback import (
     NgramFallback,
     NoFallback,
 )
-from vllm_ssd.planner import FixedPlan, Plan, Planner
+from vllm_ssd.planner import FixedPlan, Plan, Planner, RoundPlanner
 from vllm_ssd.proposer import Proposer
-from vllm_ssd.runner_v1 import SSDModelRunner
 from vllm_ssd.shared import SharedFolder
 from vllm_ssd.speed_model import StepTimes, measure_line
 from vllm_ssd.supervisor import DraftSupervisor
@@ -42,8 +40,14 @@ logger = init_logger("vllm.ssd")
 DRAFT_BLOCK_SIZE = 32  # the smallest CPU_ATTN takes: a fork copies one block per branch
 
 
-class SSDWorker(CPUWorker):
-    """Starts the draft before the target loads, so that both load at once, and stops it at the end."""
+class DraftHost:
+    """Mixed into vLLM's worker, whose model runner is then one of ours (`runner_v1`, `runner_v2`).
+
+    It starts the draft before the target loads, so that both load at once, and stops it at the end.
+    """
+
+    vllm_config: VllmConfig
+    model_runner: Any
 
     def init_device(self) -> None:
         """Start the draft process, then build the model runner."""
@@ -63,39 +67,37 @@ class SSDWorker(CPUWorker):
         )
         # Also where nobody calls shutdown: an engine that fails to start, or is dropped in-process.
         self._stop_draft = weakref.finalize(self, _stop_draft, self._supervisor, folder)
-        with compat.cpu_runner_class(SSDModelRunner):
-            super().init_device()
-        runner = self.model_runner
-        assert isinstance(runner, SSDModelRunner)
-        costs = Costs()
-        runner.proposer = Proposer(
+        super().init_device()  # type: ignore[misc]
+        costs, history = Costs(), self.model_runner.token_history
+        self._planner: RoundPlanner = FixedPlan(Plan(ssd.num_speculative_tokens, ssd.ssd_branch_budget))
+        self.model_runner.proposer = Proposer(
             self._supervisor,
-            self.scheduler_config.max_num_seqs,
-            _fallback(ssd, costs, runner.token_history, self.model_config.max_model_len),
+            self.vllm_config.scheduler_config.max_num_seqs,
+            _fallback(ssd, costs, history, self.vllm_config.model_config.max_model_len),
             costs,
-            runner.token_history,
+            history,
             self._counters,
-            FixedPlan(Plan(ssd.num_speculative_tokens, ssd.ssd_branch_budget)),
+            self._planner,
             ssd.ssd_wait_ms / 1000,
         )
         self._costs = costs
-        runner.is_coupled = ssd.ssd_verify == "coupled"
 
     def determine_available_memory(self) -> int:
         """Size the target's KV cache once the draft has taken its memory."""
         self._supervisor.await_ready()
-        return super().determine_available_memory()
+        return super().determine_available_memory()  # type: ignore[misc]
 
     def compile_or_warm_up_model(self) -> Any:
         """Warm the target up; where rounds are to be planned, measure what they cost."""
-        warmed_up = super().compile_or_warm_up_model()
+        warmed_up = super().compile_or_warm_up_model()  # type: ignore[misc]
         ssd = self.vllm_config.speculative_config
         if ssd.ssd_planner:
-            runner = self.model_runner
-            most_tokens = (ssd.num_speculative_tokens + 1) * min(8, self.scheduler_config.max_num_seqs)
-            times = StepTimes(*measure_line(runner.time_step, 1, most_tokens), *self._supervisor.step_times)
+            batch = min(8, self.vllm_config.scheduler_config.max_num_seqs)
+            most_tokens = (ssd.num_speculative_tokens + 1) * batch
+            target_times = measure_line(self.model_runner.time_step, 1, most_tokens)
+            times = StepTimes(*target_times, *self._supervisor.step_times)
             logger.info("SSD planner: %s", times)
-            runner.proposer.planner = Planner(
+            self._planner = self.model_runner.proposer.planner = Planner(
                 ssd.num_speculative_tokens,
                 ssd.ssd_branch_budget,
                 ssd.ssd_max_rows,
@@ -108,7 +110,15 @@ class SSDWorker(CPUWorker):
     def shutdown(self) -> None:
         """Stop the draft, then the worker."""
         self._stop_draft()
-        super().shutdown()
+        super().shutdown()  # type: ignore[misc]
+
+    def ssd_plan(self, num_drafts: int | None = None, branch_budget: int = 0) -> None:
+        """Fix K and the branch budget from now on, at most what is configured; without arguments undo it.
+
+        For `LLM.collective_rpc("ssd_plan", args=(3, 8))`.
+        """
+        proposer = self.model_runner.proposer
+        proposer.planner = self._planner if num_drafts is None else FixedPlan(Plan(num_drafts, branch_budget))
 
     def ssd_stats(self) -> dict[str, Any]:
         """All counters of both halves; for `LLM.collective_rpc("ssd_stats")`."""

@@ -61,7 +61,7 @@ def test_only_model_and_number_are_needed(pair: Pair) -> None:
     assert isinstance(ssd, SSDSpeculativeConfig)
     assert ssd.method == "ssd"
     assert ssd.num_speculative_tokens == 4
-    assert config.parallel_config.worker_cls == "vllm_ssd.worker.SSDWorker"
+    assert config.parallel_config.worker_cls == "vllm_ssd.worker_cpu.SSDWorker"
     assert not config.scheduler_config.async_scheduling
     assert ssd.draft_model_config.model == str(pair[1])
     assert ssd.draft_model_config.get_vocab_size() == 512
@@ -113,7 +113,7 @@ def test_other_methods_are_vllms_own(pair: Pair) -> None:
         args = EngineArgs(model=str(pair[0]), speculative_config=options, max_model_len=256)
         config = args.create_engine_config()
         assert not isinstance(config.speculative_config, SSDSpeculativeConfig)
-        assert config.parallel_config.worker_cls != "vllm_ssd.worker.SSDWorker"
+        assert config.parallel_config.worker_cls != "vllm_ssd.worker_cpu.SSDWorker"
 
 
 REFUSED: list[Any] = [

@@ -1,0 +1,162 @@
+"""The exact law of sampled output on a model of few tokens, by enumeration, and tests against it.
+
+With VLLM_SSD_FULL=1 each path is sampled 20,000 times and may be rejected at p < 0.001 over all tests;
+that takes half an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from engines import generate
+from scipy.stats import chisquare
+from transformers import LlamaForCausalLM
+
+FULL = os.environ.get("VLLM_SSD_FULL") == "1"
+VOCAB = 8
+PROMPT = [2, 5, 3, 7, 2, 5, 3]
+NUM_TOKENS, NUM_ENUMERATED = 7, 3
+NUM_SAMPLES = 20_000 if FULL else 1_600  # of each path, over its laws
+NUM_TESTS = 100  # statistical tests in all, at most
+REJECT = 1e-3 / NUM_TESTS if FULL else 1e-3
+CERTAIN = 1e-6
+
+Float64Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Law:
+    """The target's distribution of each next token, as the sampling parameters shape it."""
+
+    temperature: float
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+
+    @torch.inference_mode()
+    def next_tokens(self, model: LlamaForCausalLM, outputs: Sequence[Sequence[int]]) -> Float64Array:
+        """[outputs, length, VOCAB]: the law of each output token, given the prompt and those before it."""
+        sequences = np.array([[*PROMPT, *output] for output in outputs])
+        logits = model(input_ids=torch.tensor(sequences)).logits.double().numpy()[:, len(PROMPT) - 1 : -1]
+        logits = self._penalised(logits, sequences) / self.temperature
+        order = np.argsort(-logits, axis=-1)
+        rank = np.argsort(order, axis=-1)
+        if self.top_k:
+            logits = np.where(rank < self.top_k, logits, -np.inf)
+        law = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        law /= law.sum(axis=-1, keepdims=True)
+        likeliest_first = np.take_along_axis(law, order, axis=-1)
+        before = np.cumsum(likeliest_first, axis=-1) - likeliest_first
+        law = np.where(np.take_along_axis(before, rank, axis=-1) < self.top_p, law, 0.0)
+        return law / law.sum(axis=-1, keepdims=True)
+
+    def _penalised(self, logits: Float64Array, sequences: npt.NDArray[np.int64]) -> Float64Array:
+        """As vLLM defines the three penalties: repetition counts the prompt, the others do not."""
+        once = np.eye(VOCAB)[sequences]
+        in_prompt = once[:, : len(PROMPT)].max(axis=1, keepdims=True)
+        seen = once[:, len(PROMPT) :].cumsum(axis=1) - once[:, len(PROMPT) :]  # times, before each position
+        is_repeated = np.maximum(in_prompt, seen) > 0
+        factor = np.where(logits > 0, 1 / self.repetition_penalty, self.repetition_penalty)
+        logits = np.where(is_repeated, logits * factor, logits)
+        return logits - self.frequency_penalty * seen - self.presence_penalty * (seen > 0)
+
+    def of_first_tokens(self, model: LlamaForCausalLM) -> dict[tuple[int, ...], float]:
+        """The joint law of the first tokens, by enumeration."""
+        outputs = list(itertools.product(range(VOCAB), repeat=NUM_ENUMERATED))
+        return {
+            tokens: float(np.prod([law[i, token] for i, token in enumerate(tokens)]))
+            for tokens, law in zip(outputs, self.next_tokens(model, outputs), strict=True)
+        }
+
+
+def pearson(observed: Sequence[float], expected: Sequence[float]) -> float:
+    """p of the chi-square test; cells with few expected are merged, impossible ones must be empty."""
+    pairs = sorted(zip(expected, observed, strict=True))
+    if any(count for mean, count in pairs if mean < 1e-9):
+        return 0.0
+    cells: list[list[float]] = [[0.0, 0.0]]
+    for mean, count in pairs:
+        if cells[-1][0] >= 8:
+            cells.append([0.0, 0.0])
+        cells[-1][0] += mean
+        cells[-1][1] += count
+    means, counts = np.array(cells).T
+    return float(chisquare(counts, means * counts.sum() / means.sum()).pvalue)
+
+
+def p_of_first_tokens(model: LlamaForCausalLM, samples: list[list[int]], law: Law) -> float:
+    joint = law.of_first_tokens(model)
+    counts = dict.fromkeys(joint, 0)
+    for sample in samples:
+        counts[tuple(sample[:NUM_ENUMERATED])] += 1
+    return pearson([counts[tokens] for tokens in joint], [len(samples) * p for p in joint.values()])
+
+
+def p_of_all_tokens(model: LlamaForCausalLM, samples: list[list[int]], law: Law) -> float:
+    """All tokens of all positions, and neighbours jointly.
+
+    Each token becomes a number that is uniform and independent of the others if the law is right: a random
+    point of the token's interval, where the tokens' probabilities lie side by side, likeliest first.
+    """
+    laws = law.next_tokens(model, samples)
+    tokens = np.array(samples)[..., None]
+    chosen = np.take_along_axis(laws, tokens, axis=-1)
+    before = np.where(laws > chosen, laws, 0.0).sum(axis=-1)
+    points = before + np.random.default_rng(0).random(before.shape) * chosen[..., 0]
+    cells = np.minimum((points * 6).astype(int), 5)
+    if (chosen <= 0).any():
+        return 0.0
+    pairs = np.bincount((cells[:, :-1] * 6 + cells[:, 1:]).ravel(), minlength=36)
+    fine = np.histogram(points, 48, (0, 1))[0]
+    return 2 * min(float(chisquare(pairs).pvalue), float(chisquare(fine).pvalue))
+
+
+def sample(llm: Any, laws: Sequence[Law], count: int) -> list[list[list[int]]]:
+    """[laws][count][NUM_TOKENS]: samples of each law, all in the same batches."""
+    from vllm import SamplingParams
+
+    params = [
+        SamplingParams(**asdict(law), max_tokens=NUM_TOKENS, ignore_eos=True, detokenize=False)
+        for law in laws
+    ]
+    outputs = generate(llm, [PROMPT] * (count * len(laws)), params * count)
+    return [outputs[index :: len(laws)] for index in range(len(laws))]
+
+
+def p_values(model: LlamaForCausalLM, llm: Any, laws: Sequence[Law], count: int) -> dict[Any, float]:
+    """Of new samples, two tests for each law."""
+    return {
+        (law, test.__name__): test(model, samples, law)
+        for law, samples in zip(laws, sample(llm, laws, count), strict=True)
+        for test in (p_of_first_tokens, p_of_all_tokens)
+    }
+
+
+def assert_exact(
+    model: LlamaForCausalLM, llm: Any, laws: Sequence[Law], num_samples: int = NUM_SAMPLES
+) -> None:
+    """Not rejected; or if by chance, then (but in the full run) not again on new samples."""
+    for attempt in (1,) if FULL else (1, 2):
+        found = p_values(model, llm, laws, num_samples // len(laws))
+        print(attempt, found)
+        if min(found.values()) >= REJECT:
+            return
+    pytest.fail(f"rejected: {found}")
+
+
+def assert_rejected(
+    model: LlamaForCausalLM, llm: Any, laws: Sequence[Law], num_samples: int = NUM_SAMPLES
+) -> None:
+    found = p_values(model, llm, laws, num_samples // len(laws))
+    print(found)
+    assert min(found.values()) < CERTAIN

@@ -1,0 +1,196 @@
+"""The Triton kernels equal their references, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_ssd.kernels.fork import ForkCopy, fork_copy_reference
+from vllm_ssd.kernels.lookup import look_up, look_up_reference
+from vllm_ssd.kernels.noise import perturb, perturb_reference
+from vllm_ssd.kernels.select import select_branches, select_branches_reference
+from vllm_ssd.outcome import DEPTH, EPOCH, FIRST_DRAFT, ROUND, TOKEN, K
+
+CASES = settings(max_examples=1000)
+SEEDS = st.integers(0, 2**32 - 1)
+SIZES = st.sampled_from([0, 1, 2, 3, 5, 8])
+
+
+def lookup_case(seed: int, num_rows: int, num_branches: int, num_drafts: int) -> list[torch.Tensor]:
+    """A table of which some entries match, some are stale in one way or another, and some are empty."""
+    rng = np.random.default_rng(seed)
+    num_slots = num_rows + 2
+    epochs, rounds = rng.integers(1, 4, num_slots), rng.integers(0, 3, num_slots)
+    last = rng.integers(0, 4, num_slots)
+    sampled = rng.integers(0, num_drafts + 2, num_rows)
+    entries = rng.integers(0, 1000, (num_slots, num_branches, FIRST_DRAFT + num_drafts))
+    # Few values, so that parts of keys match often; no key twice in a slot, as the draft sees to.
+    entries[..., EPOCH] = np.where(rng.random(entries.shape[:2]) < 0.7, epochs[:, None], epochs[:, None] - 1)
+    entries[..., ROUND] = np.where(rng.random(entries.shape[:2]) < 0.7, rounds[:, None], rounds[:, None] - 1)
+    keys = np.tile(np.arange(max(num_branches, 4 * (num_drafts + 1))), (num_slots, 1))
+    keys = rng.permuted(keys, axis=1)[:, :num_branches]
+    entries[..., TOKEN], entries[..., K] = np.divmod(keys, num_drafts + 1)
+    entries[..., DEPTH] = rng.integers(0, num_drafts + 1, entries.shape[:2])
+    slots = rng.permutation(num_slots)[:num_rows]
+    slots[rng.random(num_rows) < 0.2] = -1  # padding
+    return [
+        torch.from_numpy(entries),
+        torch.from_numpy(slots),
+        torch.from_numpy(epochs),
+        torch.from_numpy(rounds),
+        torch.from_numpy(sampled).int(),
+        torch.from_numpy(last),
+        torch.full((num_rows, num_drafts), -7),
+        torch.full((num_rows,), -7, dtype=torch.int32),
+    ]
+
+
+def assert_same_lookup(case: list[torch.Tensor]) -> torch.Tensor:
+    expected = [tensor.clone() for tensor in case]
+    look_up(*case)
+    look_up_reference(*expected)
+    for got, wanted in zip(case, expected, strict=True):
+        assert torch.equal(got, wanted)
+    return case[-1]
+
+
+@CASES
+@given(SEEDS, SIZES, st.sampled_from([1, 3, 8, 17]), st.integers(1, 8))
+def test_lookup(seed: int, num_rows: int, num_branches: int, num_drafts: int) -> None:
+    assert_same_lookup(lookup_case(seed, num_rows, num_branches, num_drafts))
+
+
+def test_lookup_finds_misses_and_passes_over() -> None:
+    """The cases above are of all kinds."""
+    found = torch.cat([assert_same_lookup(lookup_case(seed, 8, 8, 3)) for seed in range(40)])
+    counts = found.bincount(minlength=0) if (found >= 0).all() else (found + 1).bincount()
+    assert (counts > 5).all(), counts
+
+
+def test_lookup_of_512_rows() -> None:
+    assert_same_lookup(lookup_case(0, 512, 64, 5))
+
+
+def test_lookup_without_any_branch() -> None:
+    case = lookup_case(1, 6, 1, 3)
+    case[0].zero_()
+    assert (assert_same_lookup(case) <= 0).all()
+
+
+@pytest.mark.parametrize("field", [EPOCH, ROUND, K, TOKEN])
+def test_lookup_of_stale_entries_alone(field: int) -> None:
+    case = lookup_case(1, 6, 8, 3)
+    case[0][..., field] = -5
+    assert (assert_same_lookup(case) <= 0).all()
+
+
+@CASES
+@given(
+    SEEDS, SIZES, st.sampled_from([1, 2, 7, 100, 1000, 1024, 1500]), st.sampled_from(["float32", "bfloat16"])
+)
+def test_perturb(seed: int, num_rows: int, vocab_size: int, dtype: str) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(num_rows, vocab_size, generator=generator) * 4).to(getattr(torch, dtype))
+    temperatures = torch.rand(num_rows, generator=generator).where(
+        torch.rand(num_rows, generator=generator) < 0.7, torch.zeros(())
+    )
+    seeds = torch.randint(-(2**63), 2**63 - 1, (num_rows,), generator=generator)
+    positions = torch.randint(0, 2**31, (num_rows,), generator=generator)
+    perturbed = perturb(logits, temperatures, seeds, positions)
+    expected = perturb_reference(logits, temperatures, seeds, positions)
+    assert perturbed.shape == (num_rows, vocab_size)
+    # The series for the logarithm is right to 6e-7 of the noise's argument.
+    torch.testing.assert_close(perturbed, expected, rtol=2e-5, atol=2e-5)
+
+
+@CASES
+@given(
+    SEEDS,
+    st.integers(1, 4),
+    st.sampled_from([0, 1, 2, 5]),
+    st.sampled_from([(2, 4), (3, 1, 16), (5, 7, 24)]),
+    st.sampled_from(["float32", "bfloat16"]),
+)
+def test_fork_copy(seed: int, num_layers: int, num_pairs: int, block: tuple[int, ...], dtype: str) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (12, *block)
+    caches = [torch.randn(shape, generator=generator).to(getattr(torch, dtype)) for _ in range(num_layers)]
+    order = torch.randperm(12, generator=generator)
+    sources = order[torch.randint(0, 6, (num_pairs,), generator=generator)]  # one may be copied twice
+    targets = order[6 : 6 + num_pairs]
+    expected = [cache.clone() for cache in caches]
+    ForkCopy(caches)(sources, targets)
+    fork_copy_reference(expected, sources, targets)
+    for got, wanted in zip(caches, expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_fork_copy_refuses_what_it_cannot_copy() -> None:
+    with pytest.raises(ValueError, match="alike and contiguous"):
+        ForkCopy([torch.zeros(4, 8), torch.zeros(4, 6)])
+    with pytest.raises(ValueError, match="alike and contiguous"):
+        ForkCopy([torch.zeros(8, 4).T])
+    with pytest.raises(ValueError, match="words of 8"):
+        ForkCopy([torch.zeros(4, 3)])
+
+
+def selection_case(
+    seed: int, num_rows: int, num_lengths: int, num_candidates: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Candidates of each accepted length, likeliest first; some of them had been sent."""
+    rng = np.random.default_rng(seed)
+    tokens = np.argsort(rng.random((num_rows, num_lengths, 3 * num_candidates)), axis=-1)[
+        ..., :num_candidates
+    ]
+    # Sums of these are exact, in whatever order, and some are equal: then the first comes first.
+    log_probs = -np.sort(rng.integers(1, 400, tokens.shape) / 64, axis=-1)
+    sent = np.where(
+        rng.random(tokens.shape[:2]) < 0.7,
+        tokens[..., 0],
+        rng.integers(0, 3 * num_candidates, tokens.shape[:2]),
+    )
+    num_sent = rng.integers(-1, num_lengths, num_rows)  # -1: a row without candidates, padding
+    sent[np.arange(num_lengths) >= num_sent[:, None]] = -1
+    log_probs[np.arange(num_lengths) > num_sent[:, None]] = -np.inf
+    return torch.from_numpy(tokens), torch.from_numpy(log_probs).float(), torch.from_numpy(sent)
+
+
+@CASES
+@given(SEEDS, SIZES, st.integers(1, 8), st.sampled_from([1, 2, 5, 9]), st.sampled_from([1, 2, 8, 21]))
+def test_selection(seed: int, num_rows: int, num_lengths: int, num_candidates: int, budget: int) -> None:
+    case = selection_case(seed, num_rows, num_lengths, num_candidates)
+    for got, wanted in zip(
+        select_branches(*case, budget), select_branches_reference(*case, budget), strict=True
+    ):
+        assert torch.equal(got, wanted)
+
+
+def test_selection_of_512_rows() -> None:
+    case = selection_case(3, 512, 6, 8)
+    for got, wanted in zip(select_branches(*case, 15), select_branches_reference(*case, 15), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_selection_is_that_of_the_draft() -> None:
+    """The same branches as `fanout.global_fanout` gives a coupled request, which `draft.requests` describes."""
+    from vllm_ssd.fanout import global_fanout
+
+    for seed in range(50):
+        tokens, log_probs, sent = selection_case(seed, 1, 5, 6)
+        num_sent = int((sent[0] >= 0).sum())
+        reached, outcomes = np.float32(0.0), []
+        for k in range(num_sent + 1):
+            is_sent = (tokens[0, k] == sent[0, k]).numpy()
+            values = log_probs[0, k].numpy()
+            outcomes.append((tokens[0, k].numpy()[~is_sent], values[~is_sent] + reached))
+            reached += values[is_sent][0] if is_sent.any() else values[-1]
+        if log_probs[0, 0, 0] == -np.inf:
+            continue
+        counts = global_fanout([values for _, values in outcomes], 8)
+        expected = {(k, int(t)) for k, n in enumerate(counts) for t in outcomes[k][0][:n]}
+        ks, chosen = select_branches(tokens, log_probs, sent, 8)
+        found = {(k, t) for k, t in zip(ks[0].tolist(), chosen[0].tolist(), strict=True) if k >= 0}
+        assert found == expected

@@ -1,0 +1,226 @@
+"""Method ssd under vLLM's V2 runner: greedy and coupled identity, exact ratio verification, filled-up rows."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import Engines, generate, greedy_params, in_worker, metric, ssd, stats
+from laws import CERTAIN, Law, assert_exact, assert_rejected
+from transformers import LlamaForCausalLM
+
+from vllm_ssd import runner_v2
+from vllm_ssd.runner_v2 import SSDModelRunnerV2, SSDSpeculator
+
+# vLLM's top-k/top-p kernel hangs in the interpreter, so neither is asked for here.
+pytestmark = pytest.mark.timeout(300)
+
+Pair = tuple[Path, Path]
+NUM_TOKENS = 14
+NUM_SAMPLES = 240
+
+
+def mixed_prompts() -> list[list[int]]:
+    """40 of them, of 1 to 200 tokens; some share prefixes."""
+    rng = random.Random(21)
+    lengths = [1, 2, 3, 15, 16, 17, 31, 32, 33, 64, 65, 200]
+    lengths += [rng.randint(4, 60) for _ in range(18)]
+    prompts = [[rng.randrange(2, 512) for _ in range(length)] for length in lengths]
+    shared = prompts[11]
+    return prompts + [
+        shared[:length] + [rng.randrange(2, 512)] for length in (16, 32, 32, 48, 64, 64, 96, 128, 160, 199)
+    ]
+
+
+def seeded_params(count: int) -> list[Any]:
+    """Sampled requests of several kinds, and greedy ones between them."""
+    from vllm import SamplingParams
+
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.6},
+        {"temperature": 1.4},
+        {"temperature": 0.0},
+        {"repetition_penalty": 1.2, "presence_penalty": 0.5},
+        {"bad_words": ["a"], "logprobs": 2},
+    ]
+    return [
+        SamplingParams(
+            **{"temperature": 1.0, "max_tokens": NUM_TOKENS, "seed": 1000 + i, "ignore_eos": True}
+            | kinds[i % len(kinds)]
+        )
+        for i in range(count)
+    ]
+
+
+def few_blocks() -> dict[str, Any]:
+    """So few KV blocks that running requests are preempted; prompts in pieces; prefixes are shared."""
+    return {
+        "num_gpu_blocks_override": 12,
+        "block_size": 32,
+        "max_model_len": 256,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 64,
+        "enable_chunked_prefill": True,
+        "enable_prefix_caching": True,
+    }
+
+
+def in_batches(llm: Any, prompts: Sequence[list[int]], params: Any) -> list[list[int]]:
+    """One by one, then by two, three and four (the engine's limit), the rest at once."""
+    outputs: list[list[int]] = []
+    for size in (1, 2, 3, 4, len(prompts)):
+        part = slice(len(outputs), len(outputs) + size)
+        chosen = params[part] if isinstance(params, list) else params
+        outputs += generate(llm, prompts[part], chosen)
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def greedy_reference(engines: Engines, pair: Pair) -> list[list[int]]:
+    llm = engines.get(pair[0], **few_blocks())
+    assert not isinstance(in_worker(llm, lambda worker: worker.model_runner), SSDModelRunnerV2)
+    assert in_worker(llm, lambda worker: worker.use_v2_model_runner)
+    return generate(llm, mixed_prompts(), greedy_params(NUM_TOKENS))
+
+
+@pytest.fixture(scope="module")
+def seeded_reference(engines: Engines, pair: Pair) -> list[list[int]]:
+    """Of vLLM's V2 runner without speculation."""
+    llm = engines.get(pair[0], **few_blocks())
+    return generate(llm, mixed_prompts(), seeded_params(len(mixed_prompts())))
+
+
+@pytest.mark.parametrize(
+    ("num_drafts", "options"),
+    [
+        (1, {"ssd_fallback": "draft"}),
+        (2, {}),
+        (3, {"ssd_verify": "ratio"}),
+        (4, {"ssd_fallback": "ngram", "max_model_len": 100}),
+        (5, {"ssd_planner": True}),
+    ],
+    ids=["1-just-in-time", "2", "3-ratio", "4-ngram-short-draft", "5-planned"],
+)
+def test_greedy_and_seeded_tokens_are_those_without_speculation(
+    engines: Engines,
+    pair: Pair,
+    greedy_reference: list[list[int]],
+    seeded_reference: list[list[int]],
+    num_drafts: int,
+    options: dict[str, Any],
+) -> None:
+    llm = engines.get(pair[0], ssd(pair[1], num_drafts, **options), **few_blocks())
+    assert in_batches(llm, mixed_prompts(), greedy_params(NUM_TOKENS)) == greedy_reference
+    if options.get("ssd_verify") != "ratio":
+        assert in_batches(llm, mixed_prompts(), seeded_params(40)) == seeded_reference
+    counted = stats(llm)
+    assert 0 < counted["hits"] < counted["lookups"]
+    assert metric(llm, "vllm:num_preemptions") > 0
+    assert metric(llm, "vllm:spec_decode_num_accepted_tokens") > 0
+    # vLLM tells the runner that a request has finished with the next step.
+    assert in_worker(llm, lambda worker: len(worker.model_runner.speculator._histories)) <= 1
+
+
+def schedule_k_drafts(worker: Any) -> None:
+    """As asynchronous scheduling does, which the CPU platform does not allow: K for every row, known or not."""
+    from vllm.v1.outputs import DraftTokenIds
+
+    runner = worker.model_runner
+    k = runner.num_speculative_steps
+
+    def take_draft_token_ids() -> DraftTokenIds:
+        names = runner.speculator.proposed.req_ids
+        return DraftTokenIds(names, [[-1] * k for _ in names])
+
+    runner.take_draft_token_ids = take_draft_token_ids
+
+
+@pytest.mark.parametrize("verify", ["coupled", "ratio"])
+def test_filled_up_rows(
+    engines: Engines,
+    pair: Pair,
+    greedy_reference: list[list[int]],
+    seeded_reference: list[list[int]],
+    verify: str,
+) -> None:
+    llm = engines.get(pair[0], ssd(pair[1], 3, ssd_verify=verify), **few_blocks())
+    in_worker(llm, schedule_k_drafts)
+    prompts = mixed_prompts()[:24]
+    assert in_batches(llm, prompts, greedy_params(NUM_TOKENS)) == greedy_reference[:24]
+    if verify == "coupled":
+        assert in_batches(llm, prompts, seeded_params(24)) == seeded_reference[:24]
+    counted = stats(llm)
+    assert 0 < counted["hits"] < counted["lookups"]
+
+
+def test_filling_would_be_accepted_if_it_were_not_marked(
+    engines: Engines, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the test above could not fail: the target may well repeat a token."""
+    llm = engines.get(pair[0], ssd(pair[1], 3), **few_blocks())
+    in_worker(llm, schedule_k_drafts)
+    stock = SSDSpeculator.propose
+
+    def propose(self: SSDSpeculator, *args: Any, **kwargs: Any) -> Any:
+        drafts = stock(self, *args, **kwargs)
+        self.num_drafts.fill_(3)
+        return drafts
+
+    monkeypatch.setattr(SSDSpeculator, "propose", propose)
+    accepted = []
+    monkeypatch.setattr(
+        runner_v2,
+        "longest_agreement",
+        lambda own, drafts, *args: (
+            accepted.append(int((drafts >= 0).sum())),
+            _agreement(own, drafts, *args),
+        )[1],
+    )
+    generate(llm, mixed_prompts()[:4], greedy_params(4))
+    assert max(accepted) == 4 * 4  # every place of every row had a draft, filling too
+
+
+_agreement = runner_v2.longest_agreement
+
+
+@pytest.fixture(scope="module")
+def model(small_vocabulary_pair: Pair) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(small_vocabulary_pair[0], dtype=torch.float32).eval()
+
+
+def test_ratio_is_exact(engines: Engines, small_vocabulary_pair: Pair, model: LlamaForCausalLM) -> None:
+    llm = small_engine(engines, small_vocabulary_pair)
+    assert_exact(model, llm, [Law(0.7), Law(1.2)], NUM_SAMPLES)
+    counted = stats(llm)
+    print(counted)
+    assert 100 < counted["hits"] < counted["lookups"] - 100
+    assert counted["laws_late"] < counted["hits"] / 20
+
+
+def test_ratio_with_a_wrong_law_is_rejected(
+    engines: Engines, small_vocabulary_pair: Pair, model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The test above has the power to fail."""
+    llm = small_engine(engines, small_vocabulary_pair)
+    stock = runner_v2.law_as_logits
+    monkeypatch.setattr(runner_v2, "law_as_logits", lambda *args: stock(*args) * 0.5)
+    assert_rejected(model, llm, [Law(0.7)], NUM_SAMPLES)
+
+
+def small_engine(engines: Engines, pair: Pair) -> Any:
+    """Few branches for each request of a full batch, so that hits and misses mix; Saguaro sampling too."""
+    speculative = ssd(
+        pair[1],
+        3,
+        ssd_branch_budget=12,
+        ssd_max_rows=96,
+        ssd_verify="ratio",
+        ssd_saguaro_c=0.5,
+        ssd_fallback="ngram",
+    )
+    return engines.get(pair[0], speculative, max_num_seqs=24, max_model_len=128)

@@ -1,0 +1,283 @@
+"""The seam into vLLM's V2 model runner (CUDA's default): request lifecycle out, drafts in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.core.sched.output import GrammarOutput, NewRequestData, SchedulerOutput
+from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
+
+from vllm_ssd import compat
+from vllm_ssd.channel import Sampling
+from vllm_ssd.coupled import longest_agreement
+from vllm_ssd.draft_laws import PointMass
+from vllm_ssd.proposer import GREEDY, Proposer
+from vllm_ssd.ratio import law_as_logits
+
+
+class SSDSpeculator(BaseSpeculator):
+    """Stands where the V2 runner keeps a draft model in its own process; the draft is elsewhere.
+
+    Where vLLM schedules asynchronously it verifies K drafts of every row, before it knows how many there are.
+    Rows that have fewer are filled up, and `num_drafts` tells the verifier where the filling begins.
+    """
+
+    supports_mm_inputs = False
+    proposer: Proposer
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        ssd = vllm_config.speculative_config
+        max_num_reqs = vllm_config.scheduler_config.max_num_seqs
+        self._device = device
+        self._most_drafts: int = ssd.num_speculative_tokens
+        self.num_drafts = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)  # by vLLM's slot
+        self.draft_logits: Tensor | None = None  # [max_num_reqs, K, V]; vLLM divides by the temperature
+        if ssd.ssd_verify == "ratio":
+            shape = (max_num_reqs, self._most_drafts, vllm_config.model_config.get_vocab_size())
+            self.draft_logits = torch.zeros(shape, dtype=torch.float32, device=device)
+        self._histories: dict[str, list[int]] = {}
+        self._with_grammar: set[str] = set()
+        self._proposed = DraftTokenIds([], [])
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """No graphs here."""
+
+    def capture(self) -> None:
+        """No graphs here."""
+
+    def add(self, request: NewRequestData, slot: int, seed: int) -> None:
+        """A request enters the batch, for the first time or after a preemption."""
+        params = request.sampling_params
+        if params is None or request.prompt_embeds is not None:  # there are no tokens to tell the draft
+            return
+        self.num_drafts[slot] = 0
+        assert request.prefill_token_ids is not None
+        self._histories[request.req_id] = list(request.prefill_token_ids)
+        if params.structured_outputs is not None:
+            self._with_grammar.add(request.req_id)
+        sampling = GREEDY
+        if params.temperature:
+            sampling = Sampling(params.temperature, seed, max(params.top_k, 0), params.top_p)
+        self.proposer.start(request.req_id, self._histories[request.req_id], sampling)
+
+    def remove(self, request_id: str) -> None:
+        """A request leaves the batch: finished, aborted or preempted. Unknown ids are ignored."""
+        self.proposer.stop(request_id)
+        self._histories.pop(request_id, None)
+        self._with_grammar.discard(request_id)
+
+    def history(self, request_id: str) -> list[int]:
+        """The request's tokens so far, prompt and output."""
+        return self._histories[request_id]
+
+    @property
+    def proposed(self) -> DraftTokenIds:
+        """The drafts of the last step, without the filling."""
+        return DraftTokenIds(self._proposed.req_ids, [list(row) for row in self._proposed.draft_token_ids])
+
+    def propose(
+        self,
+        input_batch: InputBatch,
+        attn_metadata: Any,
+        slot_mappings: Any,
+        last_hidden_states: Tensor,
+        aux_hidden_states: list[Tensor] | None,
+        num_sampled: Tensor,  # [B], 0 for a row whose prompt is not prefilled yet
+        num_rejected: Tensor,
+        last_sampled: Tensor,  # [max_num_reqs, 1]
+        *args: Any,
+        dummy_run: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        """[B, K] drafts for the next verification of each row, filled up."""
+        num_rows = input_batch.num_reqs
+        if dummy_run:
+            return torch.zeros(num_rows, self._most_drafts, dtype=torch.int64, device=self._device)
+        slots = input_batch.idx_mapping
+        # The one place in a round where the host waits for the device: all that SSD needs is the outcome.
+        counts, last = torch.stack([num_sampled.long(), last_sampled[slots, 0]]).tolist()
+        sampled = [self._new_tokens(*row) for row in zip(input_batch.req_ids, counts, last, strict=True)]
+        drafts = self.proposer.propose(input_batch.req_ids, sampled)
+        self._proposed = DraftTokenIds(input_batch.req_ids, drafts)
+        self.num_drafts[slots] = self._to_device([len(row) for row in drafts], torch.int32)
+        filled = [
+            row + [token] * (self._most_drafts - len(row)) for row, token in zip(drafts, last, strict=True)
+        ]
+        return self._to_device(filled, torch.int64)
+
+    def load_laws(self, input_batch: InputBatch, temperatures: Any) -> None:
+        """Put what the drafts of this step were drawn from where vLLM's rejection sampler looks for it.
+
+        Args:
+            temperatures: [max_num_reqs], on the host.
+        """
+        assert self.draft_logits is not None
+        drafts = [self.proposer.verified(request_id) for request_id in input_batch.req_ids]
+        laws = self.proposer.laws(input_batch.req_ids, [len(row) for row in drafts])
+        rows = zip(input_batch.req_ids, input_batch.idx_mapping_np.tolist(), drafts, laws, strict=True)
+        for request_id, slot, tokens, law in rows:
+            if not tokens or not temperatures[slot]:
+                continue
+            if request_id in self._with_grammar:
+                # It drops drafts that it forbids, so that which are verified depends on what was drawn.
+                law = PointMass()
+            logits = law_as_logits(law, tokens, float(temperatures[slot]), self.draft_logits.shape[-1])
+            self.draft_logits[slot, : len(tokens)] = logits.to(self._device, non_blocking=True)
+
+    def _new_tokens(self, request_id: str, count: int, last: int) -> list[int]:
+        """The accepted drafts and the token after them; none while the prompt is prefilled."""
+        history = self._histories.get(request_id)
+        if not count or history is None:
+            return []
+        tokens = [*self.proposer.verified(request_id)[: count - 1], last]
+        history.extend(tokens)
+        return tokens
+
+    def _to_device(self, values: Any, dtype: torch.dtype) -> Tensor:
+        return async_tensor_h2d(torch.tensor(values, dtype=dtype), device=self._device)
+
+
+class SSDRejectionSampler(RejectionSampler):
+    """vLLM's verifier, told where there are no drafts; in coupled verification it draws every position."""
+
+    def __init__(
+        self, runner: GPUModelRunner, speculator: SSDSpeculator, ssd: Any, device: torch.device
+    ) -> None:
+        super().__init__(runner.sampler, ssd, device)
+        self._speculator = speculator
+        self._is_coupled = ssd.ssd_verify == "coupled"
+
+    def __call__(
+        self,
+        logits: Tensor,
+        input_batch: InputBatch,
+        draft_logits: Tensor | None = None,
+        invalid_drafts: Tensor | None = None,
+    ) -> SamplerOutput:
+        num_drafts = self._speculator.num_drafts[input_batch.expanded_idx_mapping]
+        filling = input_batch.expanded_local_pos > num_drafts
+        invalid = filling if invalid_drafts is None else filling | invalid_drafts
+        return super().__call__(logits, input_batch, draft_logits, invalid)
+
+    def _verify(
+        self,
+        logits: Tensor,  # [N, V]
+        draft_logits: Tensor | None,
+        draft_sampled: Tensor,  # [N], the token that each row of logits follows
+        pos: Tensor,  # [N]
+        cu_num_logits: Tensor,  # [B + 1]
+        idx_mapping: Tensor,
+        idx_mapping_np: Any,
+        expanded_idx_mapping: Tensor,  # [N]
+        expanded_local_pos: Tensor,
+        seq_lens_upper_bound_np: Any,
+        verify_draft_sampled: Tensor,  # [N], the same with -1 for what is to be rejected
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if not self._is_coupled:
+            return super()._verify(
+                logits,
+                draft_logits,
+                draft_sampled,
+                pos,
+                cu_num_logits,
+                idx_mapping,
+                idx_mapping_np,
+                expanded_idx_mapping,
+                expanded_local_pos,
+                seq_lens_upper_bound_np,
+                verify_draft_sampled,
+            )
+        # As a step without drafts draws: the same constraints, the same noise at the same positions.
+        states = self.sampler.sampling_states
+        constrained = self.sampler.apply_sampling_params(
+            logits,
+            expanded_idx_mapping,
+            idx_mapping,
+            idx_mapping_np,
+            pos,
+            draft_sampled,
+            expanded_local_pos,
+            seq_lens_upper_bound_np,
+        )
+        own = gumbel_sample(
+            constrained,
+            expanded_idx_mapping,
+            states.temperature.gpu,
+            states.seeds.gpu,
+            pos,
+            apply_temperature=False,
+            is_drafting=False,
+            use_fp64=self.sampler.use_fp64_gumbel,
+        )
+        sampled, num_sampled = longest_agreement(
+            own, verify_draft_sampled, cu_num_logits, self.num_speculative_steps
+        )
+        return constrained, sampled, num_sampled
+
+
+class SSDModelRunnerV2(GPUModelRunner):
+    """vLLM's runner, with the proposer told of requests and asked for drafts."""
+
+    speculator: SSDSpeculator
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        with compat.speculator_class(SSDSpeculator):
+            super().__init__(vllm_config, device)
+
+    @property
+    def proposer(self) -> Proposer:
+        """The target's half of the rounds; set by the worker before the first request."""
+        return self.speculator.proposer
+
+    @proposer.setter
+    def proposer(self, proposer: Proposer) -> None:
+        self.speculator.proposer = proposer
+
+    def token_history(self, request_id: str) -> list[int]:
+        """The request's tokens so far, prompt and output."""
+        return self.speculator.history(request_id)
+
+    def time_step(self, num_tokens: int) -> None:
+        """One forward over so many tokens that belong to nobody, to be timed."""
+        self._dummy_run(num_tokens)
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load the target, then put our verifier before vLLM's."""
+        super().load_model(*args, **kwargs)
+        self.rejection_sampler = SSDRejectionSampler(
+            self, self.speculator, self.speculative_config, self.device
+        )
+
+    def add_requests(self, scheduler_output: SchedulerOutput) -> None:
+        """Let requests into the batch, and tell the draft of them."""
+        super().add_requests(scheduler_output)
+        for request in scheduler_output.scheduled_new_reqs:
+            slot = self.req_states.req_id_to_index[request.req_id]
+            self.speculator.add(request, slot, int(self.sampler.sampling_states.seeds.np[slot]))
+
+    def sample(
+        self, hidden_states: Tensor, input_batch: InputBatch, grammar_output: GrammarOutput | None
+    ) -> tuple[SamplerOutput, Tensor, Tensor]:
+        """Sample and verify as vLLM does."""
+        if self.speculator.draft_logits is not None and input_batch.num_draft_tokens:
+            self.speculator.load_laws(input_batch, self.sampler.sampling_states.temperature.np)
+        return super().sample(hidden_states, input_batch, grammar_output)
+
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        """The drafts that there really are: a scheduler that waits for them schedules no filling."""
+        return self.speculator.proposed
+
+    def _remove_request(self, req_id: str) -> bool:
+        self.speculator.remove(req_id)
+        return super()._remove_request(req_id)

@@ -1,0 +1,32 @@
+"""The target's worker on the CPU: vLLM's, with a draft at its side and our model runner inside."""
+
+from __future__ import annotations
+
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_ssd import compat
+from vllm_ssd.worker import DraftHost
+
+
+class SSDWorker(DraftHost, CPUWorker):
+    """Named in the config as the class of the target's workers."""
+
+    def init_device(self) -> None:
+        """Build the model runner of the version that vLLM has chosen."""
+        with compat.cpu_runner_class(_runner_class(self.use_v2_model_runner)):
+            super().init_device()
+
+
+def _runner_class(is_v2: bool) -> type:
+    if not is_v2:
+        from vllm_ssd.runner_v1 import SSDModelRunner
+
+        return SSDModelRunner
+    from vllm.v1.worker.cpu.model_runner import CPUModelRunner
+
+    from vllm_ssd.runner_v2 import SSDModelRunnerV2
+
+    class SSDCPUModelRunnerV2(SSDModelRunnerV2, CPUModelRunner):
+        """With what vLLM adds on the CPU."""
+
+    return SSDCPUModelRunnerV2
