@@ -98,7 +98,7 @@ def _gumbel(random):
     # Both halves convert exactly, so that small values keep all 32 bits.
     uniform = (random >> 16).to(tl.float32) * 1.52587890625e-05
     uniform += ((random & 0xFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10
-    # log(1 - u): near u = 0, where the largest noise comes from, as a series; else the subtraction is harmless.
+    # log(1 - u): as a series near u = 0, where the largest noise comes from.
     series = 1.0 / 7.0 + uniform / 8.0
     series = 1.0 / 6.0 + uniform * series
     series = 1.0 / 5.0 + uniform * series

@@ -98,7 +98,7 @@ def select_branches_reference(
     tokens: Tensor, log_probs: Tensor, sent: Tensor, budget: int
 ) -> tuple[Tensor, Tensor]:
     """`select_branches` in plain PyTorch."""
-    num_rows, num_lengths, num_candidates = tokens.shape
+    num_candidates = tokens.shape[2]
     is_sent = tokens == sent[..., None]
     of_sent = log_probs.where(is_sent, -torch.inf).amax(dim=-1)
     of_sent = of_sent.where(is_sent.any(dim=-1), log_probs.amin(dim=-1))

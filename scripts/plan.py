@@ -61,10 +61,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--draft-ms", type=parse_times, required=True, help="a step of the draft: base[,per row]")
     add("--overhead-ms", type=float, default=0.2, help="of SSD on the target, per round (default: 0.2)")
     add("--acceptance", type=parse_share, default=0.8, help="of a draft token (default: 0.8)")
+    add("--miss", type=parse_share, default=0.4, help="of outcomes, with a branch per length (default: 0.4)")
     add(
-        "--miss", type=parse_share, default=0.4, help="of outcomes, by the likeliest candidate (default: 0.4)"
+        "--exponent",
+        type=float,
+        default=1.0,
+        help="r: F branches per length miss with miss * F^-r (default: 1)",
     )
-    add("--exponent", type=float, default=1.0, help="r: F candidates miss with miss * F^-r (default: 1)")
     add("--batch", type=parse_numbers, default="1,4,8", help="batch sizes (default: 1,4,8)")
     add("--max-k", type=parse_number, default=8, help="most speculative tokens (default: 8)")
     add(

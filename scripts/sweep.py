@@ -6,8 +6,8 @@ One engine runs all choices of K, branch budget and batch size in turns, repeat 
 set before each measurement. The model is given what was measured of the parts, over all points together: the
 time of a round by the tokens it verifies, of a draft step by its rows, the acceptance, and how misses fall
 with more branches. From that it has to foretell how fast each point is. Then the fastest point of each batch
-size and the planner, which has seen some rounds of that batch size, take turns. Out come model.json, model.md and
-model.png.
+size and the planner, which has seen some rounds of that batch size, take turns. Out come model.json,
+model.md and model.png.
 """
 
 from __future__ import annotations
@@ -60,8 +60,11 @@ class Point:
 
     @property
     def speeds(self) -> list[float]:
-        """Tokens per second of each repeat."""
-        return [sum(map(len, result.outputs)) / result.seconds for result in self.results]
+        """Tokens per second of each repeat, while the batch is full and no prompt is prefilled."""
+        return [
+            self.batch * result.decode_tokens / result.decode_rows / mean(result.decode_seconds)
+            for result in self.results
+        ]
 
     def total(self, counter: str) -> int:
         """A counter of SSD over all repeats."""
@@ -75,8 +78,8 @@ class Point:
 
     @property
     def round_seconds(self) -> float:
-        """Of rounds at full batch."""
-        return mean(seconds for result in self.results for seconds in result.decode_seconds)
+        """Of rounds at full batch: the median repeat, since the machine pauses now and then."""
+        return median(mean(result.decode_seconds) for result in self.results)
 
     @property
     def hit_rate(self) -> float:
@@ -96,13 +99,14 @@ def grid() -> list[Point]:
 
 
 def step_times(points: Sequence[Point]) -> StepTimes:
-    """A round by the tokens it verifies and a draft step by its rows: straight lines through all points."""
-    verified = [point.verified_per_round for point in points]
-    per_token, base = np.polyfit(verified, [point.round_seconds for point in points], 1)
+    """A round by its tokens and requests, and a draft step by its rows: linear, through all points."""
+    verified = np.array([[point.verified_per_round, point.batch, 1] for point in points])
+    rounds = np.array([point.round_seconds for point in points])
+    per_token, per_request, base = np.linalg.lstsq(verified, rounds)[0].tolist()
     rows = [point.total("draft.rows") / point.total("draft.steps") for point in points]
     seconds = [point.total("draft.step_ns") / 1e9 / point.total("draft.steps") for point in points]
     per_row, draft_base = np.polyfit(rows, seconds, 1)
-    return StepTimes(float(base), float(per_token), float(draft_base), float(per_row))
+    return StepTimes(base, per_token, float(draft_base), float(per_row), verify_per_request=per_request)
 
 
 def acceptance(points: Sequence[Point]) -> float:
@@ -124,7 +128,7 @@ def pair_statistics(points: Sequence[Point], times: StepTimes, a: float) -> Pair
         return [predict(point, times, pair).hit_rate - point.hit_rate for point in points]
 
     found = least_squares(errors, (0.3, 1.0), bounds=((0.01, 0.1), (1.0, 3.0)))
-    return PairStatistics(a, *map(float, found.x))
+    return PairStatistics(a, *found.x.tolist())
 
 
 def predict(point: Point, times: StepTimes, pair: PairStatistics) -> Prediction:
@@ -226,8 +230,9 @@ def write_report(
         "| batch | K | budget | tok/s | model | error | hits | model |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
         *(
-            f"| {row['batch']} | {row['k']} | {row['budget']} | {row['tok_s']:.0f} | {row['predicted']:.0f} | "
-            f"{row['error']:+.1%} | {row['hit_rate']:.3f} | {row['predicted_hit_rate']:.3f} |"
+            f"| {row['batch']} | {row['k']} | {row['budget']} | {row['tok_s']:.0f} | "
+            f"{row['predicted']:.0f} | {row['error']:+.1%} | "
+            f"{row['hit_rate']:.3f} | {row['predicted_hit_rate']:.3f} |"
             for row in rows
         ),
     ]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 TESTS = Path(__file__).parent
-MARKED_FOLDERS = ("unit", "e2e")
+MARKED_FOLDERS = ("unit", "e2e", "v2")
 
 # Before any test imports vLLM, and inherited by every process that a test starts. The reasons are in
 # scripts/setup_env.sh, which sets the same for the scripts; these make plain `pytest` do as well.

@@ -194,10 +194,11 @@ def cpu_runner_class(runner_class: type) -> Iterator[None]:
     """
     from vllm.v1.worker import cpu_model_runner, cpu_worker
 
-    if issubclass(runner_class, cpu_model_runner.CPUModelRunner):
-        module = cpu_worker
-    else:
-        from vllm.v1.worker.cpu import model_runner as module
+    module: Any = cpu_worker
+    if not issubclass(runner_class, cpu_model_runner.CPUModelRunner):
+        from vllm.v1.worker.cpu import model_runner
+
+        module = model_runner
     stock = module.CPUModelRunner
     module.CPUModelRunner = runner_class
     try:

@@ -133,12 +133,13 @@ class Planner:
 
     def _predicted_speeds(self, batch: int, bucket: Bucket) -> dict[Plan, float]:
         branches = min(bucket.plan.branch_budget, max(1, self._max_rows // batch))
-        draft_base = self._step_seconds() - self._times.draft_per_row * batch * branches
+        # Beside a busy target the draft is slower than it was by itself.
+        slowdown = max(1.0, self._step_seconds() / self._times.draft(batch * branches))
         times = StepTimes(
             bucket.base.value,
             self._times.verify_per_token,
-            max(draft_base, self._times.draft_base),  # beside a busy target it is slower than by itself
-            self._times.draft_per_row,
+            slowdown * self._times.draft_base,
+            slowdown * self._times.draft_per_row,
         )
         pair = self._pair(bucket, branches)
         speeds = {Plan(0, 0): predict_plain(times, batch).tokens_per_second}

@@ -66,7 +66,7 @@ def verify(
 
 
 def law_as_logits(law: DraftLaw, drafts: Sequence[int], temperature: float, vocab_size: int) -> Tensor:
-    """[n, V] logits of n drafts whose softmax at the temperature is their law, as vLLM's V2 verifier wants."""
+    """[n, V] logits of n drafts whose softmax at the temperature is their law, for vLLM's V2 verifier."""
     if isinstance(law, PointMass):
         q = torch.zeros(len(drafts), vocab_size)
         q[torch.arange(len(drafts)), torch.tensor(drafts)] = 1.0

@@ -14,8 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
-from vllm_ssd.fanout import geometric_fanout
-
 _ITERATIONS = 40
 _REPEATS = 7
 
@@ -29,10 +27,11 @@ class StepTimes:
     draft_base: float
     draft_per_row: float
     overhead: float = 0.0  # of SSD, on the target, in a round
+    verify_per_request: float = 0.0  # scheduling, sampling and output of a request, however many its tokens
 
-    def verify(self, num_tokens: float) -> float:
-        """One step of the target over so many tokens."""
-        return self.verify_base + self.verify_per_token * num_tokens
+    def verify(self, num_tokens: float, batch: int) -> float:
+        """One round of the target over so many tokens of so many requests."""
+        return self.verify_base + self.verify_per_token * num_tokens + self.verify_per_request * batch
 
     def draft(self, num_rows: float) -> float:
         """One step of the draft over so many rows."""
@@ -44,8 +43,8 @@ class PairStatistics:
     """How well a draft foretells its target."""
 
     acceptance: float  # a: of a draft token, given that those before it were accepted
-    miss: float  # of an outcome's token, by the likeliest candidate alone
-    exponent: float  # r: the F likeliest candidates miss with miss * F^-r
+    miss: float  # of outcomes, with one branch for each accepted length
+    exponent: float  # r: with F branches for each they miss with miss * F^-r
 
 
 @dataclass(frozen=True)
@@ -85,26 +84,24 @@ def expected_tokens(acceptance: float, num_drafts: float) -> float:
 
 def predict_plain(times: StepTimes, batch: int) -> Prediction:
     """Without speculation."""
-    seconds = times.verify(batch)
+    seconds = times.verify(batch, batch)
     return Prediction(batch / seconds, seconds, 1.0)
 
 
 def predict_in_turn(times: StepTimes, pair: PairStatistics, batch: int, num_drafts: int) -> Prediction:
     """With a draft model that drafts while the target waits (SD, vLLM's draft_model)."""
-    seconds = times.verify(batch * (num_drafts + 1)) + num_drafts * times.draft(batch)
+    seconds = times.verify(batch * (num_drafts + 1), batch) + num_drafts * times.draft(batch)
     tokens = expected_tokens(pair.acceptance, num_drafts)
     return Prediction(batch * tokens / seconds, seconds, tokens)
 
 
 def hit_rate(pair: PairStatistics, num_sent: int, budget: int) -> float:
-    """Of a round that verifies so many drafts, with so many branches, spread by Theorem 12."""
-    fan_out = geometric_fanout(pair.acceptance, pair.exponent, num_sent, budget)
-    rate = 0.0
-    for k, branches in enumerate(fan_out):
-        likelihood = pair.acceptance**k * (1 - pair.acceptance if k < num_sent else 1.0)
-        if branches:
-            rate += likelihood * (1 - min(1.0, pair.miss * branches**-pair.exponent))
-    return rate
+    """Of a round that verifies so many drafts, with so many branches.
+
+    The paper's power law, for a budget that is spent on whatever is likeliest (`ssd_fanout: global`): it
+    counts how many branches there are for each of the num_sent + 1 accepted lengths, on average.
+    """
+    return 1 - min(1.0, pair.miss * (budget / (num_sent + 1)) ** -pair.exponent)
 
 
 def predict_ssd(
@@ -121,7 +118,7 @@ def predict_ssd(
     branches = min(budget, max(1, max_rows // batch))
     step = times.draft(batch * branches)
     after_miss = hit_rate(pair, 0, branches)
-    seconds, sent, hit = times.verify(batch), 0.0, 0.0
+    seconds, sent, hit = times.verify(batch, batch), 0.0, 0.0
     for _ in range(_ITERATIONS):
         # The k = K branches, and all of a round after a miss, begin one step later than the others.
         early, late = _clipped(seconds / step, num_drafts), _clipped(seconds / step - 1, num_drafts)
@@ -132,7 +129,7 @@ def predict_ssd(
         from_hit = hit * after_hit / max(hit * after_hit + (1 - hit) * after_miss, 1e-12)
         depth = from_hit * depth_after_hit + (1 - from_hit) * late
         sent += 0.5 * (depth - sent)
-        new_seconds = times.verify(batch * (1 + hit * sent)) + times.overhead
+        new_seconds = times.verify(batch * (1 + hit * sent), batch) + times.overhead
         seconds += 0.5 * (new_seconds - seconds)
     tokens = hit * expected_tokens(pair.acceptance, sent) + (1 - hit)
     return Prediction(batch * tokens / seconds, seconds, tokens, hit, sent)

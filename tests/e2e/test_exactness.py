@@ -1,4 +1,4 @@
-"""Sampled output has exactly the target's law: compared with the law computed by enumeration (tests/laws.py)."""
+"""Sampled output has exactly the target's law, which tests/laws.py computes by enumeration."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Simulation:
                     drafts = round(found.depth) if self._rng.random() < found.hit_rate else 0
                     self._verify(batch, plan, drafts)
                     tokens += drafts
-            seconds = self.real_times.verify(tokens) * self._rng.uniform(0.9, 1.1)
+            seconds = self.real_times.verify(tokens, batch) * self._rng.uniform(0.9, 1.1)
             self.planner.add_round(batch, tokens, seconds)
         return self.planner.plan(batch)
 

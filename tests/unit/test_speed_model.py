@@ -61,7 +61,7 @@ def test_ssd_is_bounded_by_all_hits_at_full_depth(
     prediction = predict_ssd(TIMES, pair, batch, num_drafts, budget, 64)
     assert 0 <= prediction.hit_rate <= 1
     assert 0 <= prediction.depth <= num_drafts + 1e-9
-    most = batch * expected_tokens(pair.acceptance, num_drafts) / TIMES.verify(batch)
+    most = batch * expected_tokens(pair.acceptance, num_drafts) / TIMES.verify(batch, batch)
     assert 0 < prediction.tokens_per_second <= most * (1 + 1e-9)
 
 

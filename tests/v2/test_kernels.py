@@ -175,7 +175,7 @@ def test_selection_of_512_rows() -> None:
 
 
 def test_selection_is_that_of_the_draft() -> None:
-    """The same branches as `fanout.global_fanout` gives a coupled request, which `draft.requests` describes."""
+    """The same branches as `fanout.global_fanout` gives a coupled request of `draft.requests`."""
     from vllm_ssd.fanout import global_fanout
 
     for seed in range(50):
