@@ -46,7 +46,7 @@ BUDGETS = (5, 8, 16, 32)
 BATCHES = (1, 2, 4, 8)
 MAX_ROWS = 32
 PROMPT_TOKENS = 64
-LEARNING_TASKS = 6  # of the planner, at each batch size
+LEARNING_TASKS = 12  # of the planner, at each batch size
 console = Console()
 
 

@@ -17,9 +17,14 @@ TIME_FOR_DRAFT_S = 0.02
 
 
 class Engines:
-    """Builds vLLM engines and keeps the last one."""
+    """Builds vLLM engines and keeps the last one.
 
-    def __init__(self) -> None:
+    Args:
+        always: options of all of them.
+    """
+
+    def __init__(self, always: dict[str, Any] | None = None) -> None:
+        self._always = always or {}
         self._key: str | None = None
         self._llm: Any = None
 
@@ -28,7 +33,7 @@ class Engines:
         key = json.dumps([str(target), speculative_config, options], default=str, sort_keys=True)
         if key != self._key:
             self.close()
-            self._llm = build(target, speculative_config, **options)
+            self._llm = build(target, speculative_config, **self._always, **options)
             self._key = key
         return self._llm
 

@@ -13,6 +13,7 @@ DEFAULTS: dict[str, Any] = {
     "table_dir": "",
     "model": "",
     "engine_args": {},
+    "device": "cpu",
     "cores": [0],
     "vocab_size": 12,
     "num_speculative_tokens": 3,

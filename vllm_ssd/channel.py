@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import zmq
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 HIGH_WATER_MARK = 4096  # messages; a draft that far behind is as good as gone
 
 
@@ -25,6 +25,7 @@ class Configure(msgspec.Struct, frozen=True, kw_only=True):
     table_dir: str  # folder of this draft process's outcome cache
     model: str
     engine_args: dict[str, Any]  # further vllm.EngineArgs fields: dtype, max_model_len, ...
+    device: str  # "cpu" or a GPU, such as "cuda:1"
     cores: list[int]  # CPU cores of the draft process
     vocab_size: int
     num_speculative_tokens: int

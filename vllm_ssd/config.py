@@ -62,8 +62,12 @@ class SSDSpeculativeConfig(SpeculativeConfig):
     ssd_planner: bool = False
     """Choose K and the branch budget for each batch size by what is measured to pay, at most what is set; do
     not speculate where nothing pays."""
+    ssd_draft_device: str | None = None
+    """On CUDA, the draft's GPU, as in "cuda:1", counted as CUDA_VISIBLE_DEVICES leaves them. Default: the
+    last one, which is the target's own if there is no other: then both take turns on it."""
     ssd_draft_cores: str | None = None
-    """CPU cores of the draft process, as in "1" or "8-11,15". Default: the last core the target leaves."""
+    """CPU cores of the draft process, as in "1" or "8-11,15". Default: the last core the target leaves; on
+    CUDA, all."""
     ssd_draft_memory: float = Field(default=0.5, gt=0)
     """GiB of KV cache in the draft process."""
     ssd_prefill_chunk: int = Field(default=256, ge=1)
@@ -89,7 +93,14 @@ class SSDSpeculativeConfig(SpeculativeConfig):
         _check_models(self)
         _check_branches(self)
         self.ssd_shared_dir = self.ssd_shared_dir or str(default_shared_folder())
+        self.ssd_draft_device = _choose_draft_device(self)
         self.ssd_draft_cores = _format_cores(_choose_draft_cores(self))
+
+    @property
+    def draft_device(self) -> str:
+        """Device of the draft process: "cpu" or such as "cuda:1"."""
+        assert self.ssd_draft_device is not None  # chosen in __post_init__ where the user gave none
+        return self.ssd_draft_device
 
     @property
     def draft_cores(self) -> list[int]:
@@ -111,9 +122,12 @@ def create_ssd_config(engine_args: Any, target_model_config: Any, target_paralle
     if target_parallel_config.worker_cls != "auto":
         worker = target_parallel_config.worker_cls
         raise ValueError(f"method 'ssd' brings its own worker; remove worker_cls={worker!r}")
-    target_parallel_config.worker_cls = "vllm_ssd.worker_cpu.SSDWorker"
-    engine_args.async_scheduling = False  # the V1 runner hands async drafters an empty list of tokens
-    _leave_cores_to_draft(ssd.draft_cores)
+    if current_platform.is_cpu():
+        target_parallel_config.worker_cls = "vllm_ssd.worker_cpu.SSDWorker"
+        engine_args.async_scheduling = False  # the V1 runner hands async drafters an empty list of tokens
+        _leave_cores_to_draft(ssd.draft_cores)
+    else:
+        target_parallel_config.worker_cls = "vllm_ssd.worker_cuda.SSDWorker"
     return ssd
 
 
@@ -167,8 +181,8 @@ def _refuse_foreign_options(ssd: SSDSpeculativeConfig) -> None:
 
 
 def _check_platform(ssd: SSDSpeculativeConfig) -> None:
-    if not current_platform.is_cpu():
-        raise ValueError("this version of method 'ssd' runs on the CPU only")
+    if not current_platform.is_cpu() and not current_platform.is_cuda():
+        raise ValueError("this version of method 'ssd' runs on CUDA and on the CPU only")
     parallel = ssd.target_parallel_config
     for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
         if getattr(parallel, name) != 1:
@@ -223,6 +237,20 @@ def _check_branches(ssd: SSDSpeculativeConfig) -> None:
         raise ValueError(f"ssd_fanout sums to {sum(fanout)}; set ssd_branch_budget={sum(fanout)}")
 
 
+def _choose_draft_device(ssd: SSDSpeculativeConfig) -> str:
+    chosen = ssd.ssd_draft_device
+    if current_platform.is_cpu():
+        if chosen not in (None, "cpu"):
+            raise ValueError(f"ssd_draft_device={chosen!r}: there is no GPU here; remove it")
+        return "cpu"
+    num_devices = current_platform.device_count()
+    if chosen is None:
+        return f"cuda:{num_devices - 1}"  # with one GPU, the target's own
+    if chosen not in [f"cuda:{index}" for index in range(num_devices)]:
+        raise ValueError(f"ssd_draft_device={chosen!r} is none of cuda:0 to cuda:{num_devices - 1}")
+    return chosen
+
+
 def _choose_draft_cores(ssd: SSDSpeculativeConfig) -> list[int]:
     allowed = sorted(os.sched_getaffinity(0))
     if ssd.ssd_draft_cores is not None:
@@ -231,6 +259,8 @@ def _choose_draft_cores(ssd: SSDSpeculativeConfig) -> list[int]:
         if missing:
             raise ValueError(f"ssd_draft_cores: this process has no core {missing[0]}; choose from {allowed}")
         return cores
+    if not current_platform.is_cpu():
+        return allowed
     left = sorted(set(allowed) - _target_cores())
     return [(left or allowed)[-1]]
 

@@ -37,20 +37,22 @@ from vllm_ssd.supervisor import DraftSupervisor
 
 logger = init_logger("vllm.ssd")
 
-DRAFT_BLOCK_SIZE = 32  # the smallest CPU_ATTN takes: a fork copies one block per branch
+# The smallest that the attention backends take: a fork copies one block per branch.
+DRAFT_BLOCK_SIZES = {"cpu": 32, "cuda": 16}
 
 
 class DraftHost:
     """Mixed into vLLM's worker, whose model runner is then one of ours (`runner_v1`, `runner_v2`).
 
-    It starts the draft before the target loads, so that both load at once, and stops it at the end.
+    The worker calls `start_draft` before the target loads, so that both load at once, and `connect` when
+    there is a model runner. From then on all is done here.
     """
 
     vllm_config: VllmConfig
     model_runner: Any
 
-    def init_device(self) -> None:
-        """Start the draft process, then build the model runner."""
+    def start_draft(self) -> None:
+        """Start the draft process; nothing waits for it yet."""
         ssd = self.vllm_config.speculative_config
         assert isinstance(ssd, SSDSpeculativeConfig)
         assert ssd.ssd_shared_dir is not None
@@ -67,7 +69,10 @@ class DraftHost:
         )
         # Also where nobody calls shutdown: an engine that fails to start, or is dropped in-process.
         self._stop_draft = weakref.finalize(self, _stop_draft, self._supervisor, folder)
-        super().init_device()  # type: ignore[misc]
+
+    def connect(self) -> None:
+        """Give the model runner its proposer."""
+        ssd = self.vllm_config.speculative_config
         costs, history = Costs(), self.model_runner.token_history
         self._planner: RoundPlanner = FixedPlan(Plan(ssd.num_speculative_tokens, ssd.ssd_branch_budget))
         self.model_runner.proposer = Proposer(
@@ -136,10 +141,11 @@ def _stop_draft(supervisor: DraftSupervisor, folder: SharedFolder) -> None:
 
 def _configure(ssd: SSDSpeculativeConfig, vllm_config: VllmConfig) -> Configure:
     draft = ssd.draft_model_config
+    device = ssd.draft_device
     engine_args = {
         "dtype": str(draft.dtype).removeprefix("torch."),
         "max_model_len": draft.max_model_len,
-        "block_size": DRAFT_BLOCK_SIZE,
+        "block_size": DRAFT_BLOCK_SIZES[device.partition(":")[0]],
         "quantization": draft.quantization,
         "revision": draft.revision,
         "code_revision": draft.code_revision,
@@ -156,6 +162,7 @@ def _configure(ssd: SSDSpeculativeConfig, vllm_config: VllmConfig) -> Configure:
         model=draft.model,
         vocab_size=draft.get_vocab_size(),
         engine_args=engine_args,
+        device=device,
         cores=ssd.draft_cores,
         num_speculative_tokens=ssd.num_speculative_tokens,
         fanout=ssd.ssd_fanout,

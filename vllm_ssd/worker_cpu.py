@@ -12,9 +12,11 @@ class SSDWorker(DraftHost, CPUWorker):
     """Named in the config as the class of the target's workers."""
 
     def init_device(self) -> None:
-        """Build the model runner of the version that vLLM has chosen."""
+        """Start the draft, and build the model runner of the version that vLLM has chosen."""
+        self.start_draft()
         with compat.cpu_runner_class(_runner_class(self.use_v2_model_runner)):
             super().init_device()
+        self.connect()
 
 
 def _runner_class(is_v2: bool) -> type:

@@ -219,18 +219,45 @@ def test_drafts_of_unsupported_kinds(attribute: str, said: str) -> None:
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_the_cuda_platform(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def on_cuda(monkeypatch: pytest.MonkeyPatch, num_devices: int) -> None:
+    from vllm_ssd import config
+
+    platform = SimpleNamespace(
+        is_cpu=lambda: False, is_cuda=lambda: True, device_count=lambda: num_devices, device_type="cuda"
+    )
+    monkeypatch.setattr(config, "current_platform", platform)
+
+
+def test_another_platform(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_ssd import config
 
     monkeypatch.setattr(
-        config, "current_platform", SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: True)
+        config, "current_platform", SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False)
     )
-    assert_one_line(refusal(pair), "CPU only")
+    assert_one_line(refusal(pair), "CUDA and on the CPU only")
 
 
-def test_the_v2_runner(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    assert_one_line(refusal(pair), "V1 model runner", "VLLM_USE_V2_MODEL_RUNNER")
+@pytest.mark.parametrize(
+    ("num_devices", "asked", "device"),
+    [(1, None, "cuda:0"), (2, None, "cuda:1"), (4, "cuda:2", "cuda:2")],
+)
+def test_the_drafts_gpu(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, num_devices: int, asked: str | None, device: str
+) -> None:
+    on_cuda(monkeypatch, num_devices)
+    config = create(pair, ssd_draft_device=asked)
+    assert config.speculative_config.draft_device == device
+    assert config.parallel_config.worker_cls == "vllm_ssd.worker_cuda.SSDWorker"
+    assert len(config.speculative_config.draft_cores) == len(os.sched_getaffinity(0))
+
+
+def test_a_gpu_that_does_not_exist(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cuda(monkeypatch, 2)
+    assert_one_line(refusal(pair, ssd_draft_device="cuda:2"), "ssd_draft_device='cuda:2'", "cuda:1")
+
+
+def test_a_gpu_where_there_is_none(pair: Pair) -> None:
+    assert_one_line(refusal(pair, ssd_draft_device="cuda:0"), "no GPU here")
 
 
 @pytest.mark.parametrize(

@@ -1,31 +1,17 @@
-"""vLLM's V2 runner on a machine without a GPU: its Triton kernels run in Triton's interpreter, slowly."""
+"""Fixtures of the tests on vLLM's V2 runner, by default CUDA's; `device` says where they run."""
 
 from __future__ import annotations
 
-import os
-from types import SimpleNamespace
-
-# Before vLLM is imported.
-os.environ["TRITON_INTERPRET"] = "1"
-os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+from device import DEVICE
 from engines import Engines
 from models import write_pair
-from triton import language as tl
-from triton.backends import backends
-from triton.language.extra import libdevice
-
-# vLLM takes Triton for usable if there is an active backend, and on the CPU if there is one of this name.
-backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
-
-# Device libraries come with a backend. vLLM's rejection sampler needs this function of theirs alone.
-libdevice.log1p = lambda value: tl.log(1.0 + value)
 
 Pair = tuple[Path, Path]
 
@@ -33,7 +19,9 @@ Pair = tuple[Path, Path]
 @pytest.fixture(scope="session")
 def engines() -> Iterator[Engines]:
     """The engine of the moment; ask for one with `engines.get`."""
-    kept = Engines()
+    # In float32, because identity to the last token is asked for: FlashAttention has no such kernels.
+    on_cuda = {"gpu_memory_utilization": 0.3, "attention_backend": "TRITON_ATTN"}
+    kept = Engines(on_cuda if DEVICE == "cuda" else {})
     yield kept
     kept.close()
 

@@ -1,10 +1,11 @@
-"""The Triton kernels equal their references, in Triton's interpreter."""
+"""The Triton kernels equal their references."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+from device import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -49,6 +50,7 @@ def lookup_case(seed: int, num_rows: int, num_branches: int, num_drafts: int) ->
 
 
 def assert_same_lookup(case: list[torch.Tensor]) -> torch.Tensor:
+    case = [tensor.to(DEVICE) for tensor in case]
     expected = [tensor.clone() for tensor in case]
     look_up(*case)
     look_up_reference(*expected)
@@ -92,15 +94,15 @@ def test_lookup_of_stale_entries_alone(field: int) -> None:
     SEEDS, SIZES, st.sampled_from([1, 2, 7, 100, 1000, 1024, 1500]), st.sampled_from(["float32", "bfloat16"])
 )
 def test_perturb(seed: int, num_rows: int, vocab_size: int, dtype: str) -> None:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)  # on the CPU, so that all devices get the same cases
     logits = (torch.randn(num_rows, vocab_size, generator=generator) * 4).to(getattr(torch, dtype))
     temperatures = torch.rand(num_rows, generator=generator).where(
         torch.rand(num_rows, generator=generator) < 0.7, torch.zeros(())
     )
     seeds = torch.randint(-(2**63), 2**63 - 1, (num_rows,), generator=generator)
     positions = torch.randint(0, 2**31, (num_rows,), generator=generator)
-    perturbed = perturb(logits, temperatures, seeds, positions)
-    expected = perturb_reference(logits, temperatures, seeds, positions)
+    case = [tensor.to(DEVICE) for tensor in (logits, temperatures, seeds, positions)]
+    perturbed, expected = perturb(*case), perturb_reference(*case)
     assert perturbed.shape == (num_rows, vocab_size)
     # The series for the logarithm is right to 6e-7 of the noise's argument.
     torch.testing.assert_close(perturbed, expected, rtol=2e-5, atol=2e-5)
@@ -117,10 +119,12 @@ def test_perturb(seed: int, num_rows: int, vocab_size: int, dtype: str) -> None:
 def test_fork_copy(seed: int, num_layers: int, num_pairs: int, block: tuple[int, ...], dtype: str) -> None:
     generator = torch.Generator().manual_seed(seed)
     shape = (12, *block)
-    caches = [torch.randn(shape, generator=generator).to(getattr(torch, dtype)) for _ in range(num_layers)]
+    caches = [
+        torch.randn(shape, generator=generator).to(DEVICE, getattr(torch, dtype)) for _ in range(num_layers)
+    ]
     order = torch.randperm(12, generator=generator)
     sources = order[torch.randint(0, 6, (num_pairs,), generator=generator)]  # one may be copied twice
-    targets = order[6 : 6 + num_pairs]
+    sources, targets = sources.to(DEVICE), order[6 : 6 + num_pairs].to(DEVICE)
     expected = [cache.clone() for cache in caches]
     ForkCopy(caches)(sources, targets)
     fork_copy_reference(expected, sources, targets)
@@ -155,7 +159,8 @@ def selection_case(
     num_sent = rng.integers(-1, num_lengths, num_rows)  # -1: a row without candidates, padding
     sent[np.arange(num_lengths) >= num_sent[:, None]] = -1
     log_probs[np.arange(num_lengths) > num_sent[:, None]] = -np.inf
-    return torch.from_numpy(tokens), torch.from_numpy(log_probs).float(), torch.from_numpy(sent)
+    case = torch.from_numpy(tokens), torch.from_numpy(log_probs).float(), torch.from_numpy(sent)
+    return tuple(tensor.to(DEVICE) for tensor in case)  # type: ignore[return-value]
 
 
 @CASES
@@ -183,9 +188,9 @@ def test_selection_is_that_of_the_draft() -> None:
         num_sent = int((sent[0] >= 0).sum())
         reached, outcomes = np.float32(0.0), []
         for k in range(num_sent + 1):
-            is_sent = (tokens[0, k] == sent[0, k]).numpy()
-            values = log_probs[0, k].numpy()
-            outcomes.append((tokens[0, k].numpy()[~is_sent], values[~is_sent] + reached))
+            is_sent = (tokens[0, k] == sent[0, k]).cpu().numpy()
+            values = log_probs[0, k].cpu().numpy()
+            outcomes.append((tokens[0, k].cpu().numpy()[~is_sent], values[~is_sent] + reached))
             reached += values[is_sent][0] if is_sent.any() else values[-1]
         if log_probs[0, 0, 0] == -np.inf:
             continue

@@ -7,6 +7,7 @@ request's full blocks (see `vllm_ssd.draft.branches`), so any attention backend 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from vllm.v1.worker.gpu.attn_utils import (
     init_kv_cache,
 )
 from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
+from vllm.v1.worker.workspace import init_workspace_manager
 
 from vllm_ssd.channel import Configure
 from vllm_ssd.compat import kv_cache_config, supported_kv_cache_layouts
@@ -54,18 +56,16 @@ class DraftEngine:
 
     def __init__(self, configure: Configure) -> None:
         self.config = _engine_config(configure)
-        self.device = current_platform.device_type
-        _init_device(self.config, configure.table_dir)
+        self.device = torch.device(configure.device)
+        _init_device(self.config, self.device, configure.table_dir)
         with set_current_vllm_config(self.config):
             self.model = get_model(vllm_config=self.config)
             self.kv_cache_config = _plan_kv_cache(self.config, configure.memory_bytes)
             self.attn_groups, _, block_sizes = init_attn_backend(
-                self.kv_cache_config, self.config, torch.device(self.device)
+                self.kv_cache_config, self.config, self.device
             )
             layers = self.config.compilation_config.static_forward_context
-            kv_caches = init_kv_cache(
-                layers, self.kv_cache_config, torch.device(self.device), block_sizes, self.config
-            )
+            kv_caches = init_kv_cache(layers, self.kv_cache_config, self.device, block_sizes, self.config)
         self.block_size = self.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self.num_blocks = self.kv_cache_config.num_blocks
         self.vocab_size = self.config.model_config.get_vocab_size()
@@ -73,11 +73,12 @@ class DraftEngine:
         self._is_coupled = configure.is_coupled
         self._saguaro_c = configure.saguaro_c
         self._saguaro_tokens = max(1, configure.branch_budget // (configure.num_speculative_tokens + 1))
-        self._noise = RecentNoise(self.vocab_size, torch.device(self.device))
+        self._noise = RecentNoise(self.vocab_size, self.device)
         self.kv_caches: list[torch.Tensor] = list(kv_caches.values())  # each [num_blocks, ...]
         for cache in self.kv_caches:
             if cache.shape[0] != self.num_blocks:
                 raise UnsupportedDraft(f"KV cache of shape {tuple(cache.shape)} is not ordered by block")
+        self._fork_copy = _fork_copy(self.kv_caches)
 
     def warm_up(self, num_rows: int = 16) -> None:
         """Run one step on scratch blocks, before any block is in use.
@@ -147,9 +148,7 @@ class DraftEngine:
     @torch.inference_mode()
     def copy_blocks(self, sources: Int64Array, targets: Int64Array) -> None:
         """Copy whole KV blocks in every layer: sources[i] -> targets[i], both [n]."""
-        source_index, target_index = self._to_device(sources), self._to_device(targets)
-        for cache in self.kv_caches:
-            cache.index_copy_(0, target_index, cache.index_select(0, source_index))
+        self._fork_copy(self._to_device(sources), self._to_device(targets))
 
     def _sampled(
         self, logits: torch.Tensor, sampling: RowSampling, positions: Int64Array, num_candidates: int
@@ -164,15 +163,26 @@ class DraftEngine:
             self._to_device(top_k) if sampling.top_k.any() else None,
             self._to_device(sampling.top_p) if (sampling.top_p < 1).any() else None,
         )
-        noise = self._noise(sampling.seeds.tolist(), positions.tolist()).masked_fill_(is_greedy, 0.0)
         if self._is_coupled:
-            return _likeliest(logits + noise, num_candidates)
+            return _likeliest(self._perturbed(logits, is_greedy, sampling, positions), num_candidates)
         laws = logits.softmax(dim=-1)
         if self._saguaro_c < 1:
             laws = saguaro(laws, self._saguaro_tokens, self._saguaro_c).where(~is_greedy, laws)
-        drawn = (laws.log() + noise).argmax(dim=-1)
+        drawn = self._perturbed(laws.log(), is_greedy, sampling, positions).argmax(dim=-1)
         found = _likeliest(logits, num_candidates)
         return Candidates(found.tokens, found.log_probs, drawn.cpu().numpy(), laws.cpu().numpy())
+
+    def _perturbed(
+        self, logits: torch.Tensor, is_greedy: torch.Tensor, sampling: RowSampling, positions: Int64Array
+    ) -> torch.Tensor:
+        """[L, V] with the keyed noise added where rows are sampled."""
+        if self.device.type == "cuda":
+            from vllm_ssd.kernels.noise import perturb
+
+            seeds, places = self._to_device(sampling.seeds), self._to_device(positions)
+            return perturb(logits, (~is_greedy[:, 0]).float(), seeds, places)
+        noise = self._noise(sampling.seeds.tolist(), positions.tolist())
+        return logits + noise.masked_fill_(is_greedy, 0.0)
 
     def _to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)
@@ -202,6 +212,20 @@ def _likeliest(logits: torch.Tensor, num_candidates: int) -> Candidates:
     return Candidates(top.indices.cpu().numpy(), top.values.cpu().numpy())
 
 
+def _fork_copy(caches: list[torch.Tensor]) -> Callable[[torch.Tensor, torch.Tensor], None]:
+    """Copies blocks [n] to blocks [n] in every layer."""
+    if caches[0].is_cuda:
+        from vllm_ssd.kernels.fork import ForkCopy
+
+        return ForkCopy(caches)
+
+    def copy(sources: torch.Tensor, targets: torch.Tensor) -> None:
+        for cache in caches:
+            cache.index_copy_(0, targets, cache.index_select(0, sources))
+
+    return copy
+
+
 def _engine_config(configure: Configure) -> VllmConfig:
     max_rows = configure.max_rows + configure.max_slots  # branches, and a trunk row for every request
     args = EngineArgs(
@@ -218,16 +242,19 @@ def _engine_config(configure: Configure) -> VllmConfig:
     return args.create_engine_config()
 
 
-def _init_device(config: VllmConfig, folder: str) -> None:
+def _init_device(config: VllmConfig, device: torch.device, folder: str) -> None:
     """What a vLLM worker does before it loads a model, for a world of one process."""
-    if current_platform.is_cpu():
+    if device.type == "cpu":
         import vllm.v1.worker.cpu.shm
+    else:
+        torch.accelerator.set_device_index(device)
+        init_workspace_manager(device, 1)
     current_platform.import_kernels()
     config.kernel_config.ir_op_priority.set_default()
     vllm.ir.set_default_torch_wrap(config.compilation_config.ir_enable_torch_wrap)
     with set_current_vllm_config(config):
         init_worker_distributed_environment(
-            config, 0, f"file://{folder}/rendezvous", 0, current_platform.dist_backend
+            config, 0, f"file://{folder}/rendezvous", device.index or 0, current_platform.dist_backend
         )
 
 

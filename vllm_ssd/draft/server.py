@@ -138,6 +138,7 @@ class DraftServer:
 
     def step(self) -> bool:
         """Fork what can be forked, run one forward, publish its tokens; False if there was nothing to do."""
+        began = time.perf_counter_ns()
         self._fork()
         requests = [request for request in self._requests.values() if request.is_urgent]
         trunk_rows, groups = self._trunk_rows(requests), self._groups(requests, below=self._num_drafts)
@@ -148,7 +149,6 @@ class DraftServer:
             groups = self._groups(requests, below=self._depth + 1)  # idle: compute the tips
         if not trunk_rows and not groups:
             return False
-        began = time.perf_counter_ns()
         rows = _build_rows(trunk_rows, groups)
         candidates = self._engine.forward(rows, self._num_candidates)
         self._take_in(trunk_rows, groups, candidates)

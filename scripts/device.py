@@ -1,0 +1,26 @@
+"""Where tests/v2 and gpu_bench.py run: on a GPU if there is one, else on the CPU, vLLM's V2 runner and all
+Triton kernels in Triton's interpreter, slowly. To be imported before vLLM."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+    from triton import language as tl
+    from triton.backends import backends
+    from triton.language.extra import libdevice
+
+    # vLLM takes Triton for usable if there is an active backend, and on the CPU if there is one of this name.
+    backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
+    # Device libraries come with a backend. vLLM's rejection sampler needs this function of theirs alone.
+    libdevice.log1p = lambda value: tl.log(1.0 + value)

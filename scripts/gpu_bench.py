@@ -1,0 +1,490 @@
+"""What SSD takes on a GPU: our kernels, steps of target and draft, and AR / draft_model / SSD on one GPU.
+
+    python scripts/gpu_bench.py --out DIR                # on a machine with a GPU
+    python scripts/gpu_bench.py --out DIR --dry-run      # anywhere: tiny shapes, all but the device itself
+
+Each measurement runs in a process of its own, which gives all memory back. Weights are random, of true
+shape. Out come DIR/gpu_bench.json and DIR/gpu_bench.md. A dry run's times mean nothing and are marked so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from harness import describe_run, exit_on_signals, write_json
+from rich.console import Console
+
+SCRIPTS = Path(__file__).parent
+MARK = "ROW "  # before each row that a part prints
+TIME_LIMIT_S = 540
+console = Console()
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured."""
+
+    targets: dict[str, str]  # name -> shape, as scripts/make_demo_models.py --target-shape takes it
+    drafts: dict[str, str]
+    pair: tuple[str, str]  # target and draft that run together on one GPU
+    vocab: int
+    verify_batches: tuple[int, ...]
+    verify_drafts: tuple[int, ...]
+    draft_rows: tuple[int, ...]
+    lookup: tuple[int, int]  # rows, branches
+    fork: tuple[int, int, int]  # layers, blocks, words of 2 bytes in a block of one layer
+    out_tokens: int
+    batches: tuple[int, ...]
+
+
+LLAMA_1B = "layers=16,hidden=2048,heads=32,kv_heads=8,head_dim=64,intermediate=8192,vocab=128256"
+LLAMA_8B = "layers=32,hidden=4096,heads=32,kv_heads=8,head_dim=128,intermediate=14336,vocab=128256"
+REAL = Sizes(
+    targets={
+        "Llama-3.1-8B": LLAMA_8B,
+        "Qwen3-32B": "layers=64,hidden=5120,heads=64,kv_heads=8,head_dim=128,intermediate=25600,vocab=151936",
+        # What one of four GPUs holds of a 70B model: a quarter of the heads and of the MLP.
+        "Llama-3.1-70B, one of four shards": (
+            "layers=80,hidden=8192,heads=16,kv_heads=2,head_dim=128,intermediate=7168,vocab=32064"
+        ),
+    },
+    drafts={
+        "Llama-3.2-1B": LLAMA_1B,
+        "Qwen3-0.6B": "layers=28,hidden=1024,heads=16,kv_heads=8,head_dim=128,intermediate=3072,vocab=151936",
+    },
+    pair=(LLAMA_8B, LLAMA_1B),
+    vocab=128_256,
+    verify_batches=(1, 2, 4, 8, 16, 32, 64),
+    verify_drafts=tuple(range(9)),
+    draft_rows=(8, 16, 32, 64, 128, 256, 512),
+    lookup=(256, 64),
+    fork=(16, 16, 16 * 8 * 64 * 2),
+    out_tokens=256,
+    batches=(1, 4, 8),
+)
+TINY = "layers=2,hidden=64,heads=2,kv_heads=1,head_dim=32,intermediate=128,vocab=512"
+DRY = Sizes(
+    targets={"tiny": TINY},
+    drafts={"tiny": TINY},
+    pair=(TINY, TINY),
+    vocab=512,
+    verify_batches=(1, 2),
+    verify_drafts=(0, 3),
+    draft_rows=(8,),
+    lookup=(8, 8),
+    fork=(2, 2, 64),
+    out_tokens=8,
+    batches=(1, 2),
+)
+
+
+def device_seconds(step: Callable[[], Any], repeats: int) -> float:
+    """Median seconds of a step, device work included."""
+    import torch
+
+    def finish() -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    seconds = []
+    step()
+    for _ in range(repeats):
+        finish()
+        began = time.perf_counter()
+        step()
+        finish()
+        seconds.append(time.perf_counter() - began)
+    return median(seconds)
+
+
+def kernel_microseconds(launch: Callable[[], Any]) -> float:
+    """Of the device alone: launches replayed from a CUDA graph, the cache flushed between them."""
+    import torch
+
+    if not torch.cuda.is_available():
+        launch()
+        return float("nan")
+    from triton.testing import do_bench_cudagraph
+
+    return 1000 * float(do_bench_cudagraph(launch, rep=50, return_mode="median"))
+
+
+def bandwidth() -> float:
+    """Bytes per second that a copy within the device's memory reaches, read and written."""
+    import torch
+    from device import DEVICE
+
+    source = torch.empty(1 << (30 if DEVICE == "cuda" else 20), dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / device_seconds(lambda: target.copy_(source), 9)
+
+
+def kernels(sizes: Sizes) -> list[dict[str, Any]]:
+    """Each kernel beside its PyTorch reference and the bytes that it has to move."""
+    import torch
+    from device import DEVICE
+
+    from vllm_ssd.kernels.fork import ForkCopy, fork_copy_reference
+    from vllm_ssd.kernels.lookup import look_up, look_up_reference
+    from vllm_ssd.kernels.noise import perturb, perturb_reference
+    from vllm_ssd.kernels.select import select_branches, select_branches_reference
+    from vllm_ssd.outcome import FIRST_DRAFT
+
+    speed = bandwidth()
+    rows, branches, k = *sizes.lookup, 5
+    entries = torch.randint(1, 9, (rows, branches, FIRST_DRAFT + k), device=DEVICE)
+    states = [torch.ones(rows, dtype=torch.int64, device=DEVICE) for _ in range(3)]  # epochs, rounds, last
+    outcome = (
+        entries,
+        torch.arange(rows, device=DEVICE),
+        states[0],
+        states[1],
+        torch.ones(rows, dtype=torch.int32, device=DEVICE),
+        states[2],
+        torch.empty(rows, k, dtype=torch.int64, device=DEVICE),
+        torch.empty(rows, dtype=torch.int32, device=DEVICE),
+    )
+    logits = torch.randn(64, sizes.vocab, device=DEVICE, dtype=torch.bfloat16)
+    sampled = (
+        logits,
+        torch.ones(64, device=DEVICE),
+        torch.arange(64, device=DEVICE),
+        torch.arange(64, device=DEVICE),
+    )
+    candidates = (
+        torch.randint(0, sizes.vocab, (64, k + 1, 16), device=DEVICE),
+        torch.randn(64, k + 1, 16, device=DEVICE),
+        torch.full((64, k + 1), -1, device=DEVICE),
+    )
+    layers, blocks, words = sizes.fork
+    caches = [torch.empty(2 * blocks, words, dtype=torch.bfloat16, device=DEVICE) for _ in range(layers)]
+    fork, pairs = ForkCopy(caches), torch.arange(2 * blocks, device=DEVICE).view(2, blocks)
+    measured: list[tuple[str, str, Callable[[], Any], Callable[[], Any], int]] = [
+        (
+            "lookup",
+            f"{rows} rows, {branches} branches",
+            lambda: look_up(*outcome),
+            lambda: look_up_reference(*outcome),
+            rows * (branches * 4 + k) * 8,
+        ),
+        (
+            "perturb",
+            f"64 rows of {sizes.vocab}",
+            lambda: perturb(*sampled),
+            lambda: perturb_reference(*sampled),
+            logits.numel() * 6,
+        ),
+        (
+            "select",
+            f"64 rows, {k + 1} x 16 candidates",
+            lambda: select_branches(*candidates, 15),
+            lambda: select_branches_reference(*candidates, 15),
+            candidates[0].numel() * 12,
+        ),
+        (
+            "fork copy",
+            f"{blocks} blocks of {layers} layers",
+            lambda: fork(pairs[0], pairs[1]),
+            lambda: fork_copy_reference(caches, pairs[0], pairs[1]),
+            2 * layers * blocks * words * 2,
+        ),
+    ]
+    return [
+        {
+            "name": name,
+            "size": size,
+            "microseconds": kernel_microseconds(kernel),
+            "reference_microseconds": kernel_microseconds(reference),
+            "floor_microseconds": 1e6 * num_bytes / speed,
+        }
+        for name, size, kernel, reference, num_bytes in measured
+    ]
+
+
+def write_config(folder: Path, shape: str) -> str:
+    """A model folder without weights, for load_format "dummy"."""
+    from demo.nested import parse_shape
+    from demo.shipped import load_tokenizer
+
+    config = parse_shape(shape)
+    config.architectures = ["LlamaForCausalLM"]
+    config.dtype = dtype_name()
+    config.save_pretrained(folder)
+    load_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def dtype_name() -> str:
+    """Of weights: what the GPU is made for, and what the CPU's attention knows."""
+    from device import DEVICE
+
+    return "bfloat16" if DEVICE == "cuda" else "float32"
+
+
+def make_llm(model: str, **options: Any) -> Any:
+    """A vLLM engine in this process."""
+    from vllm import LLM
+
+    defaults = {"dtype": dtype_name(), "max_model_len": 1024, "seed": 0, "skip_tokenizer_init": True}
+    return LLM(model, **(defaults | options))
+
+
+def verify(sizes: Sizes, out: Path, dry: bool) -> list[dict[str, Any]]:
+    """Steps of a target over batch x (K + 1) tokens, without attention over a context."""
+    rows = []
+    for name, shape in sizes.targets.items():
+        rows += in_process("verify_one", out, dry, name, shape)
+    return rows
+
+
+def verify_one(sizes: Sizes, out: Path, dry: bool, name: str, shape: str) -> list[dict[str, Any]]:
+    """Of one target."""
+    llm = make_llm(
+        write_config(out / "models" / "target", shape),
+        load_format="dummy",
+        enforce_eager=dry,
+        max_num_seqs=max(sizes.verify_batches),
+    )
+
+    def time_steps(worker: Any) -> list[dict[str, Any]]:
+        runner = worker.model_runner
+        found = []
+        for batch in sizes.verify_batches:
+            for k in sizes.verify_drafts:
+                seconds = device_seconds(lambda n=batch * (k + 1): runner._dummy_run(n), 7)
+                found.append({"target": name, "batch": batch, "k": k, "milliseconds": 1000 * seconds})
+        return found
+
+    return llm.collective_rpc(time_steps)[0]
+
+
+def draft(sizes: Sizes, out: Path, dry: bool) -> list[dict[str, Any]]:
+    """Steps of the draft by rows, eager and compiled, beside what reading its weights takes."""
+    rows = []
+    for name, shape in sizes.drafts.items():
+        for mode in ("eager",) if dry else ("eager", "compiled"):
+            rows += in_process("draft_one", out, dry, name, shape, mode)
+    return rows
+
+
+def draft_one(sizes: Sizes, out: Path, dry: bool, name: str, shape: str, mode: str) -> list[dict[str, Any]]:
+    """Of one draft."""
+    from device import DEVICE
+
+    import vllm_ssd
+    from vllm_ssd.channel import Configure
+    from vllm_ssd.draft.engine import DraftEngine
+
+    vllm_ssd.register()
+    os.environ.pop("VLLM_USE_V2_MODEL_RUNNER", None)
+    folder = out / "rendezvous"
+    folder.mkdir(exist_ok=True)
+    (folder / "rendezvous").unlink(missing_ok=True)
+    most = max(sizes.draft_rows)
+    engine = DraftEngine(
+        Configure(
+            address="",
+            shared_dir=str(folder),
+            table_dir=str(folder),
+            model=write_config(out / "models" / "draft", shape),
+            engine_args={
+                "dtype": dtype_name(),
+                "max_model_len": 1024,
+                "block_size": 16 if DEVICE == "cuda" else 32,
+                "load_format": "dummy",
+            },
+            device="cuda:0" if DEVICE == "cuda" else "cpu",
+            cores=[0],
+            vocab_size=0,
+            num_speculative_tokens=5,
+            fanout="global",
+            branch_budget=most,
+            max_slots=1,
+            max_rows=most,
+            prefill_chunk=256,
+            memory_bytes=1 << 30,
+            enforce_eager=mode == "eager",
+            is_coupled=True,
+            saguaro_c=1.0,
+        )
+    )
+    engine.warm_up()
+    weights = sum(value.numel() * value.element_size() for value in engine.model.parameters())
+    floor = 1000 * weights / bandwidth()
+    return [
+        {
+            "draft": name,
+            "mode": mode,
+            "rows": rows,
+            "milliseconds": 1000 * device_seconds(lambda n=rows: engine.run_on_scratch_blocks(n), 9),
+            "floor_milliseconds": floor,
+        }
+        for rows in sizes.draft_rows
+    ]
+
+
+def end_to_end(sizes: Sizes, out: Path, dry: bool) -> list[dict[str, Any]]:
+    """AR, vLLM's draft_model and SSD on one GPU, which target and draft then share in turns."""
+    models = out / "models" / "pair"
+    if not (models / "target" / "config.json").exists():
+        command = [sys.executable, str(SCRIPTS / "make_demo_models.py"), "--random", "--out", str(models)]
+        command += ["--target-shape", sizes.pair[0], "--draft-shape", sizes.pair[1], "--epsilon", "0.05"]
+        subprocess.run([*command, "--dtype", dtype_name()], check=True)
+    rows = []
+    for method in ("ar", "draft_model", "ssd"):
+        rows += in_process("end_to_end_one", out, dry, method)
+    return rows
+
+
+def end_to_end_one(sizes: Sizes, out: Path, dry: bool, method: str) -> list[dict[str, Any]]:
+    """Of one method."""
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    models = out / "models" / "pair"
+    options: dict[str, Any] = {"enforce_eager": dry, "max_num_seqs": max(sizes.batches)}
+    if not dry:
+        options["gpu_memory_utilization"] = 0.7
+    if method != "ar":
+        options["speculative_config"] = {
+            "method": method,
+            "model": str(models / "draft"),
+            "num_speculative_tokens": 4,
+        }
+    llm = make_llm(str(models / "target"), **options)
+    params = SamplingParams(temperature=0.0, max_tokens=sizes.out_tokens, ignore_eos=True, detokenize=False)
+    rows = []
+    for batch in sizes.batches:
+        prompts = [
+            TokensPrompt(prompt_token_ids=[(7 * i * j + 3) % (sizes.vocab - 1) + 1 for j in range(64)])
+            for i in range(1, batch + 1)
+        ]
+        llm.generate(prompts, params, use_tqdm=False)
+        before = llm.collective_rpc("ssd_stats")[0] if method == "ssd" else {}
+        began = time.perf_counter()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        seconds = time.perf_counter() - began
+        row = {"method": method, "batch": batch, "tok_s": batch * sizes.out_tokens / seconds}
+        if before:
+            after = llm.collective_rpc("ssd_stats")[0]
+            new = {
+                name: after[name] - before[name] for name in ("rounds", "lookups", "hits", "critical_path_ns")
+            }
+            row["hit_rate"] = new["hits"] / max(new["lookups"], 1)
+            row["critical_path_microseconds"] = new["critical_path_ns"] / 1000 / max(new["rounds"], 1)
+        row["tokens_of_first"] = list(outputs[0].outputs[0].token_ids)[:16]
+        rows.append(row)
+    return rows
+
+
+PARTS: dict[str, Callable[..., list[dict[str, Any]]]] = {
+    "kernels": lambda sizes, out, dry: in_process("kernels_one", out, dry),
+    "verify": verify,
+    "draft": draft,
+    "end_to_end": end_to_end,
+}
+SINGLE: dict[str, Callable[..., list[dict[str, Any]]]] = {
+    "kernels_one": lambda sizes, out, dry: kernels(sizes),
+    "verify_one": verify_one,
+    "draft_one": draft_one,
+    "end_to_end_one": end_to_end_one,
+}
+
+
+def in_process(name: str, out: Path, dry: bool, *args: str) -> list[dict[str, Any]]:
+    """The rows that a function of SINGLE returns in a process of its own; a row with an error if it fails."""
+    command = [sys.executable, __file__, "--out", str(out), "--single", json.dumps([name, *args])]
+    label = " ".join([name.removesuffix("_one"), *args])
+    began = time.perf_counter()
+    try:
+        done = subprocess.run(
+            command + ["--dry-run"] * dry, capture_output=True, text=True, timeout=TIME_LIMIT_S, check=False
+        )
+        printed, errors, code = done.stdout, done.stderr, done.returncode
+    except subprocess.TimeoutExpired as error:
+        printed, errors, code = "", f"{error}", 1
+    rows = [json.loads(line[len(MARK) :]) for line in printed.splitlines() if line.startswith(MARK)]
+    console.print(f"{label}: {len(rows)} rows in {time.perf_counter() - began:.0f} s", highlight=False)
+    if code:
+        rows.append({"failed": label, "error": errors[-2000:]})
+    return rows
+
+
+def write_table(path: Path, run: dict[str, Any], parts: dict[str, list[dict[str, Any]]], dry: bool) -> None:
+    """The rows as Markdown, with where they come from."""
+    lines = [f"Command: `{run['command']}`, commit {run['commit']}, machine: {run['machine']}."]
+    if dry:
+        lines.append("\n**A dry run: no time here means anything.**")
+    for part, rows in parts.items():
+        good = [row for row in rows if "failed" not in row]
+        lines += [f"\n## {part}\n", *(f"* failed: {row['failed']}" for row in rows if "failed" in row)]
+        names = [
+            name for name in dict.fromkeys(key for row in good for key in row) if "tokens_of" not in name
+        ]
+        lines += [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
+        lines += ["| " + " | ".join(shown(row.get(name)) for name in names) + " |" for row in good]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def shown(value: Any) -> str:
+    """A table's cell."""
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def parse_parts(text: str) -> list[str]:
+    """ "kernels,draft" -> ["kernels", "draft"]; for argparse."""
+    names = text.split(",")
+    for name in names:
+        if name not in PARTS:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(PARTS)}")
+    return names
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line, complete and checked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder for the figures, and for models meanwhile")
+    add("--parts", type=parse_parts, default=",".join(PARTS), help="default: all")
+    add("--dry-run", action="store_true", help="tiny shapes, on the CPU if there is no GPU")
+    add("--single", help=argparse.SUPPRESS)  # this script calls itself
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the command line."""
+    args = parse_arguments()
+    sizes = DRY if args.dry_run else REAL
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.single is not None:
+        name, *rest = json.loads(args.single)
+        import device  # noqa: F401  before vLLM
+
+        for row in SINGLE[name](sizes, args.out, args.dry_run, *rest):
+            print(MARK + json.dumps(row), flush=True)
+        return
+    exit_on_signals()
+    run = describe_run()
+    parts = {name: PARTS[name](sizes, args.out, args.dry_run) for name in args.parts}
+    write_json(args.out / "gpu_bench.json", run | {"dry_run": args.dry_run, "parts": parts})
+    write_table(args.out / "gpu_bench.md", run, parts, args.dry_run)
+    failed = [row for rows in parts.values() for row in rows if "failed" in row]
+    for row in failed:
+        console.print(f"failed: {row['failed']}\n{row['error']}", highlight=False, markup=False)
+    raise SystemExit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""The target's worker on CUDA: vLLM's, with a draft at its side and our V2 model runner inside."""
+
+from __future__ import annotations
+
+from vllm.v1.worker.gpu_worker import Worker
+
+from vllm_ssd.runner_v2 import SSDModelRunnerV2
+from vllm_ssd.worker import DraftHost
+
+
+class SSDWorker(DraftHost, Worker):
+    """Named in the config as the class of the target's workers."""
+
+    def init_device(self) -> None:
+        """Build the model runner, which starts the draft."""
+        super().init_device()
+        self.connect()
+
+    def _make_model_runner(self) -> SSDModelRunnerV2:
+        if not self.use_v2_model_runner:
+            raise ValueError(
+                "method 'ssd' needs vLLM's V2 model runner on CUDA; unset VLLM_USE_V2_MODEL_RUNNER, or see "
+                "vLLM's warning about which option rules it out"
+            )
+        # Only after vLLM has looked at how much memory is free: what the draft takes on the same device
+        # between this and the sizing of the KV cache is counted as the target's.
+        self.start_draft()
+        return SSDModelRunnerV2(self.vllm_config, self.device)
