@@ -144,7 +144,7 @@ class Planner:
         pair = self._pair(bucket, branches)
         speeds = {Plan(0, 0): predict_plain(times, batch).tokens_per_second}
         for num_drafts in range(1, self._most.num_drafts + 1):
-            for budget in {max(1, self._most.branch_budget // part) for part in (1, 2, 4)}:
+            for budget in {max(1, self._most.branch_budget // part) for part in (1, 2, 4, 6)}:
                 prediction = predict_ssd(times, pair, batch, num_drafts, budget, self._max_rows)
                 speeds[Plan(num_drafts, budget)] = prediction.tokens_per_second
         return speeds

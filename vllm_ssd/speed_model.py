@@ -8,13 +8,13 @@ one to the other with the hit rates of the two.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
 _ITERATIONS = 40
+_PRECISION = 1e-3  # drafts
 _REPEATS = 7
 
 
@@ -95,8 +95,8 @@ def predict_in_turn(times: StepTimes, pair: PairStatistics, batch: int, num_draf
     return Prediction(batch * tokens / seconds, seconds, tokens)
 
 
-def hit_rate(pair: PairStatistics, num_sent: int, budget: int) -> float:
-    """Of a round that verifies so many drafts, with so many branches.
+def hit_rate(pair: PairStatistics, num_sent: float, budget: int) -> float:
+    """Of a round that verifies so many drafts, which need not be whole, with so many branches.
 
     The paper's power law, for a budget that is spent on whatever is likeliest (`ssd_fanout: global`): it
     counts how many branches there are for each of the num_sent + 1 accepted lengths, on average.
@@ -122,24 +122,21 @@ def predict_ssd(
     for _ in range(_ITERATIONS):
         # The k = K branches, and all of a round after a miss, begin one step later than the others.
         early, late = _clipped(seconds / step, num_drafts), _clipped(seconds / step - 1, num_drafts)
-        after_hit = _interpolated(lambda drafts: hit_rate(pair, drafts, branches), sent)
+        after_hit = hit_rate(pair, sent, branches)
         hit = after_miss / (1 - after_hit + after_miss) if after_miss else 0.0
         all_accepted = pair.acceptance**sent
         depth_after_hit = all_accepted * late + (1 - all_accepted) * early
         from_hit = hit * after_hit / max(hit * after_hit + (1 - hit) * after_miss, 1e-12)
         depth = from_hit * depth_after_hit + (1 - from_hit) * late
-        sent += 0.5 * (depth - sent)
+        change = depth - sent
+        sent += 0.5 * change
         new_seconds = times.verify(batch * (1 + hit * sent), batch) + times.overhead
         seconds += 0.5 * (new_seconds - seconds)
+        if abs(change) < _PRECISION:
+            break
     tokens = hit * expected_tokens(pair.acceptance, sent) + (1 - hit)
     return Prediction(batch * tokens / seconds, seconds, tokens, hit, sent)
 
 
 def _clipped(steps: float, num_drafts: int) -> float:
     return min(max(steps, 0.0), float(num_drafts))
-
-
-def _interpolated(function: Callable[[int], float], x: float) -> float:
-    """Between the whole numbers around x."""
-    low = math.floor(x)
-    return function(low) + (x - low) * (function(low + 1) - function(low)) if x > low else function(low)
