@@ -104,7 +104,9 @@ def _look_up_kernel(
     token = tl.load(last_sampled_ptr + slot)
     branches = tl.arange(0, BLOCK_F)
     there = branches < num_branches
-    # The draft may be writing: nothing read before may be used, and what it wrote last must be read first.
+    # The draft may be writing meanwhile, so each value is read from memory and once. Nothing orders the reads
+    # among each other: a draft that is read before it was written is a wrong guess, which greedy and
+    # coupled verification reject. (Ratio verification, where q must fit the draft, looks up on the host.)
     entries = entries_ptr + slot * slot_stride + branches * entry_stride
     matches = there & (tl.load(entries + _EPOCH, mask=there, other=0, volatile=True) == epoch)
     matches &= tl.load(entries + _ROUND, mask=there, other=0, volatile=True) == round_

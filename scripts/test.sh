@@ -55,6 +55,7 @@ stage "unit tests" 900 tests/unit
 # The costly part, only on sound ground.
 if (( ! ${#FAILED[@]} )); then
   stage "tests with vLLM" 2700 tests/e2e
+  stage "tests with vLLM's V2 runner, interpreted" 2700 tests/v2
 fi
 
 if (( ${#FAILED[@]} )); then

@@ -33,6 +33,9 @@ settings.load_profile("ssd")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    folders = {item.path.relative_to(TESTS).parts[0] for item in items}
+    if "v2" in folders and len(folders) > 1:
+        raise pytest.UsageError("tests/v2 sets up Triton's interpreter and needs a run of its own")
     for item in items:
         folder = item.path.relative_to(TESTS).parts[0]
         if folder in MARKED_FOLDERS:

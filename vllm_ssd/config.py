@@ -128,7 +128,16 @@ def create_ssd_config(engine_args: Any, target_model_config: Any, target_paralle
         _leave_cores_to_draft(ssd.draft_cores)
     else:
         target_parallel_config.worker_cls = "vllm_ssd.worker_cuda.SSDWorker"
+        if ssd.ssd_planner:
+            _schedule_what_is_planned(engine_args)
     return ssd
+
+
+def _schedule_what_is_planned(engine_args: Any) -> None:
+    """Where vLLM schedules asynchronously, K drafts of every row are verified whatever is planned."""
+    if engine_args.async_scheduling:
+        raise ValueError("ssd_planner needs a scheduler that waits for the drafts; remove async_scheduling")
+    engine_args.async_scheduling = False
 
 
 def parse_cores(text: str) -> list[int]:
@@ -244,6 +253,10 @@ def _choose_draft_device(ssd: SSDSpeculativeConfig) -> str:
             raise ValueError(f"ssd_draft_device={chosen!r}: there is no GPU here; remove it")
         return "cpu"
     num_devices = current_platform.device_count()
+    if chosen is None and ssd.target_parallel_config.distributed_executor_backend == "ray":
+        raise ValueError(
+            "with Ray the target's worker sees its own GPUs only; name the draft's: ssd_draft_device"
+        )
     if chosen is None:
         return f"cuda:{num_devices - 1}"  # with one GPU, the target's own
     if chosen not in [f"cuda:{index}" for index in range(num_devices)]:

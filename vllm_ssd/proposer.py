@@ -22,6 +22,7 @@ from vllm_ssd.fallback import NOTHING, DraftAccess, Drafts, Fallback, MissedOutc
 from vllm_ssd.outcome import Outcome, OutcomeCache
 from vllm_ssd.planner import RoundPlanner
 
+NOT_INTRODUCED = -1  # epoch of a request that the draft does not know; no entry has it
 POLL_S = 50e-6
 LAWS_DEADLINE_S = 0.01  # for a whole step; they are there before a verification ends, unless the draft is not
 GREEDY = Sampling()
@@ -46,7 +47,7 @@ class LiveRequest:
 
     slot: int
     sampling: Sampling
-    epoch: int = 0
+    epoch: int = NOT_INTRODUCED
     round: int = 0
     drafts: Drafts = NOTHING  # what is being verified
 
@@ -86,15 +87,26 @@ class Proposer:
         self._live: dict[str, LiveRequest] = {}
         self._free_slots = list(range(max_slots - 1, -1, -1))
         self._last_epoch = 0
+        self.generation = 0  # how often all requests were introduced anew
 
-    def start(self, request_id: str, tokens: list[int], sampling: Sampling = GREEDY) -> None:
+    def start(
+        self, request_id: str, tokens: list[int], sampling: Sampling = GREEDY, slot: int | None = None
+    ) -> int:
         """A request enters the batch, for the first time or after a preemption, with its tokens so far.
 
         Its drafts are those tokens that the target will most likely take when it samples as `sampling` says.
+
+        Args:
+            slot: where a model runner that gives its requests slots has put this one; either all or none.
+
+        Returns:
+            Its epoch, NOT_INTRODUCED while there is no draft.
         """
-        request = self._live[request_id] = LiveRequest(self._free_slots.pop(), sampling)
+        request = LiveRequest(self._free_slots.pop() if slot is None else slot, sampling)
+        self._live[request_id] = request
         if self._link.cache is not None:
             self._introduce(request, tokens)
+        return request.epoch
 
     def stop(self, request_id: str) -> None:
         """A request leaves the batch: finished, aborted or preempted. Unknown ids are ignored."""
@@ -121,15 +133,37 @@ class Proposer:
             self._introduce_all()
             drafts: list[list[int]] = [[] for _ in request_ids]  # the draft has only just heard of them
         else:
-            drafts = self._propose(request_ids, sampled)
+            drafts = self._propose(request_ids, sampled, None)
         self._counters.add("rounds")
         self._counters.add("critical_path_ns", time.perf_counter_ns() - began)
         return drafts
+
+    def live(self, request_id: str) -> LiveRequest | None:
+        """What is known of a request; a new object whenever it enters the batch."""
+        return self._live.get(request_id)
 
     def verified(self, request_id: str) -> list[int]:
         """The drafts of a request that are being verified."""
         request = self._live.get(request_id)
         return request.drafts.tokens if request else []
+
+    def keys(self) -> dict[int, tuple[int, int]]:
+        """Epoch and round of each slot's request: what its next outcome is looked up with."""
+        return {request.slot: (request.epoch, request.round) for request in self._live.values()}
+
+    def take_in(
+        self, request_ids: Sequence[str], sampled: Sequence[list[int]], served: Sequence[list[int] | None]
+    ) -> None:
+        """A step whose outcomes were looked up already (`vllm_ssd.deferred`); the history is that before it.
+
+        Args:
+            request_ids, sampled: [B], as for `propose`.
+            served: [B], the drafts that each row found and that are being verified; None where it missed.
+        """
+        if self._link.check():
+            self._introduce_all()
+        self._propose(request_ids, sampled, served)
+        self._counters.add("rounds")
 
     def laws(self, request_ids: Sequence[str], num_drafts: Sequence[int]) -> list[DraftLaw]:
         """What the drafts were drawn from that are being verified, for ratio verification.
@@ -165,7 +199,13 @@ class Proposer:
         self._counters.add("laws_late")
         return PointMass()
 
-    def _propose(self, request_ids: Sequence[str], sampled: Sequence[list[int]]) -> list[list[int]]:
+    def _propose(
+        self,
+        request_ids: Sequence[str],
+        sampled: Sequence[list[int]],
+        served: Sequence[list[int] | None] | None,
+    ) -> list[list[int]]:
+        """Drafts of each row; `served` [B], if they were looked up already, says which."""
         rows = [i for i, tokens in enumerate(sampled) if tokens and request_ids[i] in self._live]
         requests = [self._live[request_ids[i]] for i in rows]
         outcomes = [
@@ -177,29 +217,33 @@ class Proposer:
         self._measure(requests, outcomes)
         plan = self.planner.plan(len(rows))
         cache = self._link.cache
+        if served is not None:
+            found = [served[i] for i in rows]
+        elif cache is not None:
+            looked_up = self._look_up(cache, outcomes, plan.num_drafts)
+            found = [drafts and drafts[: plan.num_drafts] for drafts in looked_up]
+        else:
+            found = [None] * len(rows)
         if cache is None:
             self._counters.add("undrafted", len(rows))
-            found: list[list[int] | None] = [None] * len(rows)
         else:
-            found = self._look_up(cache, outcomes, plan.num_drafts)
             self._count(requests, outcomes, found)
         missed = [
             MissedOutcome(request_ids[i], outcome, sampled[i])
-            for i, outcome, served in zip(rows, outcomes, found, strict=True)
-            if served is None
+            for i, outcome, drafts in zip(rows, outcomes, found, strict=True)
+            if drafts is None
         ]
-        instead = iter(self._fall_back(missed) if plan.num_drafts else [NOTHING] * len(missed))
-        drafts: list[list[int]] = [[] for _ in request_ids]
+        instead = iter(self._fall_back(missed, plan.num_drafts))
+        proposed: list[list[int]] = [[] for _ in request_ids]
         messages = []
-        for i, request, served in zip(rows, requests, found, strict=True):
-            chosen = next(instead) if served is None else Drafts(DRAFT, served)
-            request.drafts = Drafts(chosen.kind, chosen.tokens[: plan.num_drafts])
-            drafts[i] = request.drafts.tokens
-            messages.append(RoundOutcome(request.slot, request.epoch, request.round, sampled[i], drafts[i]))
+        for i, request, drafts in zip(rows, requests, found, strict=True):
+            request.drafts = next(instead) if drafts is None else Drafts(DRAFT, drafts)
+            proposed[i] = request.drafts.tokens
+            messages.append(RoundOutcome(request.slot, request.epoch, request.round, sampled[i], proposed[i]))
             request.round += 1
         if self._link.cache is not None:
             self._link.send(Outcomes(messages, plan.num_drafts, plan.branch_budget))
-        return drafts
+        return proposed
 
     def _measure(self, requests: Sequence[LiveRequest], outcomes: Sequence[Outcome]) -> None:
         for request, outcome in zip(requests, outcomes, strict=True):
@@ -223,16 +267,16 @@ class Proposer:
         self._counters.add("wait_ns", int((time.perf_counter() - began) * 1e9))
         return found
 
-    def _fall_back(self, missed: Sequence[MissedOutcome]) -> list[Drafts]:
-        if not missed:
-            return []
+    def _fall_back(self, missed: Sequence[MissedOutcome], num_drafts: int) -> list[Drafts]:
+        if not missed or not num_drafts:
+            return [NOTHING] * len(missed)
         began = time.perf_counter_ns()
         drafts = self._fallback.propose(missed, self._link)
         for row in drafts:
             self._counters.add(f"fallback_{row.kind}")
         if any(row.kind == DRAFT for row in drafts):
             self._counters.add("wait_ns", time.perf_counter_ns() - began)
-        return drafts
+        return [Drafts(row.kind, row.tokens[:num_drafts]) for row in drafts]
 
     def _count(
         self,
@@ -252,6 +296,7 @@ class Proposer:
                 self._counters.add("late")
 
     def _introduce_all(self) -> None:
+        self.generation += 1
         for request_id, request in self._live.items():
             self._introduce(request, self._history(request_id))
 

@@ -15,10 +15,11 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_ssd import compat
 from vllm_ssd.channel import Sampling
+from vllm_ssd.counters import Counters
 from vllm_ssd.coupled import coupled_sampling
 from vllm_ssd.draft_laws import DraftLaw, PointMass
 from vllm_ssd.noise import wrapped_to_int64
-from vllm_ssd.proposer import GREEDY, Proposer
+from vllm_ssd.proposer import GREEDY, DraftLink, Proposer
 from vllm_ssd.ratio import ratio_sampling
 from vllm_ssd.verification import Places
 
@@ -33,13 +34,17 @@ class NoDrafter:
 class SSDModelRunner(CPUModelRunner):
     """vLLM's runner, with the proposer told of requests and asked for drafts."""
 
-    proposer: Proposer  # set by the worker before the first request
+    proposer: Proposer
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         with compat.no_stock_drafter(vllm_config.speculative_config, NoDrafter()):
             super().__init__(vllm_config, device)
         self._is_coupled = vllm_config.speculative_config.ssd_verify == "coupled"
         self._seeds: dict[str, int] = {}  # of the requests that are sampled
+
+    def connect(self, proposer: Proposer, link: DraftLink, counters: Counters) -> None:
+        """Give the runner its half of the rounds; before the first request."""
+        self.proposer = proposer
 
     def token_history(self, request_id: str) -> list[int]:
         """The request's tokens so far, prompt and output."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,9 +22,11 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from vllm_ssd import compat
 from vllm_ssd.channel import Sampling
+from vllm_ssd.counters import Counters
 from vllm_ssd.coupled import longest_agreement
+from vllm_ssd.deferred import DeferredRounds
 from vllm_ssd.draft_laws import PointMass
-from vllm_ssd.proposer import GREEDY, Proposer
+from vllm_ssd.proposer import GREEDY, DraftLink, Proposer
 from vllm_ssd.ratio import law_as_logits
 
 
@@ -38,17 +42,28 @@ class SSDSpeculator(BaseSpeculator):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         ssd = vllm_config.speculative_config
-        max_num_reqs = vllm_config.scheduler_config.max_num_seqs
+        self._max_num_reqs = vllm_config.scheduler_config.max_num_seqs
         self._device = device
         self._most_drafts: int = ssd.num_speculative_tokens
-        self.num_drafts = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)  # by vLLM's slot
+        self.num_drafts = torch.zeros(self._max_num_reqs, dtype=torch.int32, device=device)  # by vLLM's slot
         self.draft_logits: Tensor | None = None  # [max_num_reqs, K, V]; vLLM divides by the temperature
         if ssd.ssd_verify == "ratio":
-            shape = (max_num_reqs, self._most_drafts, vllm_config.model_config.get_vocab_size())
+            shape = (self._max_num_reqs, self._most_drafts, vllm_config.model_config.get_vocab_size())
             self.draft_logits = torch.zeros(shape, dtype=torch.float32, device=device)
+        # What else there is to do for a row than looking its outcome up needs the host to know the outcome.
+        self._can_defer = ssd.ssd_verify == "coupled" and ssd.ssd_fallback == "none" and not ssd.ssd_wait_ms
+        self._deferred: DeferredRounds | None = None
         self._histories: dict[str, list[int]] = {}
         self._with_grammar: set[str] = set()
-        self._proposed = DraftTokenIds([], [])
+        self._proposed: tuple[Sequence[str], list[list[int]]] = ([], [])
+
+    def connect(self, proposer: Proposer, link: DraftLink, counters: Counters) -> None:
+        """The draft's link and the host's half of the rounds, before the first request."""
+        self.proposer = proposer
+        if self._can_defer:
+            self._deferred = DeferredRounds(
+                proposer, link, counters, self, self._max_num_reqs, self._most_drafts, self._device
+            )
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """No graphs here."""
@@ -58,33 +73,40 @@ class SSDSpeculator(BaseSpeculator):
 
     def add(self, request: NewRequestData, slot: int, seed: int) -> None:
         """A request enters the batch, for the first time or after a preemption."""
+        self.num_drafts[slot] = 0
         params = request.sampling_params
         if params is None or request.prompt_embeds is not None:  # there are no tokens to tell the draft
+            if self._deferred is not None:
+                self._deferred.begin(slot)
             return
-        self.num_drafts[slot] = 0
         assert request.prefill_token_ids is not None
-        self._histories[request.req_id] = list(request.prefill_token_ids)
+        tokens = list(request.prefill_token_ids)
         if params.structured_outputs is not None:
             self._with_grammar.add(request.req_id)
         sampling = GREEDY
         if params.temperature:
             sampling = Sampling(params.temperature, seed, max(params.top_k, 0), params.top_p)
-        self.proposer.start(request.req_id, self._histories[request.req_id], sampling)
+        with self._taking_turns():
+            self._histories[request.req_id] = tokens
+            epoch = self.proposer.start(request.req_id, tokens, sampling, slot)
+        if self._deferred is not None:
+            self._deferred.begin(slot, epoch)
 
     def remove(self, request_id: str) -> None:
         """A request leaves the batch: finished, aborted or preempted. Unknown ids are ignored."""
-        self.proposer.stop(request_id)
-        self._histories.pop(request_id, None)
+        with self._taking_turns():
+            self.proposer.stop(request_id)
+            self._histories.pop(request_id, None)
         self._with_grammar.discard(request_id)
 
     def history(self, request_id: str) -> list[int]:
         """The request's tokens so far, prompt and output."""
         return self._histories[request_id]
 
-    @property
     def proposed(self) -> DraftTokenIds:
         """The drafts of the last step, without the filling."""
-        return DraftTokenIds(self._proposed.req_ids, [list(row) for row in self._proposed.draft_token_ids])
+        request_ids, drafts = self._proposed if self._deferred is None else self._deferred.proposed()
+        return DraftTokenIds(list(request_ids), [list(row) for row in drafts])
 
     def propose(
         self,
@@ -101,20 +123,21 @@ class SSDSpeculator(BaseSpeculator):
         **kwargs: Any,
     ) -> Tensor:
         """[B, K] drafts for the next verification of each row, filled up."""
-        num_rows = input_batch.num_reqs
         if dummy_run:
-            return torch.zeros(num_rows, self._most_drafts, dtype=torch.int64, device=self._device)
+            return torch.zeros(
+                input_batch.num_reqs, self._most_drafts, dtype=torch.int64, device=self._device
+            )
         slots = input_batch.idx_mapping
-        # The one place in a round where the host waits for the device: all that SSD needs is the outcome.
-        counts, last = torch.stack([num_sampled.long(), last_sampled[slots, 0]]).tolist()
-        sampled = [self._new_tokens(*row) for row in zip(input_batch.req_ids, counts, last, strict=True)]
-        drafts = self.proposer.propose(input_batch.req_ids, sampled)
-        self._proposed = DraftTokenIds(input_batch.req_ids, drafts)
-        self.num_drafts[slots] = self._to_device([len(row) for row in drafts], torch.int32)
-        filled = [
-            row + [token] * (self._most_drafts - len(row)) for row, token in zip(drafts, last, strict=True)
-        ]
-        return self._to_device(filled, torch.int64)
+        if self._deferred is not None:
+            drafts, num_drafts = self._deferred.propose(
+                input_batch.req_ids, slots.long(), num_sampled, last_sampled[:, 0]
+            )
+        else:
+            drafts, num_drafts = self._propose_on_host(
+                input_batch.req_ids, num_sampled.tolist(), last_sampled[slots, 0].tolist()
+            )
+        self.num_drafts[slots] = num_drafts
+        return drafts
 
     def load_laws(self, input_batch: InputBatch, temperatures: Any) -> None:
         """Put what the drafts of this step were drawn from where vLLM's rejection sampler looks for it.
@@ -133,16 +156,41 @@ class SSDSpeculator(BaseSpeculator):
                 # It drops drafts that it forbids, so that which are verified depends on what was drawn.
                 law = PointMass()
             logits = law_as_logits(law, tokens, float(temperatures[slot]), self.draft_logits.shape[-1])
-            self.draft_logits[slot, : len(tokens)] = logits.to(self._device, non_blocking=True)
+            self.draft_logits[slot, : len(tokens)] = async_tensor_h2d(logits, device=self._device)
 
-    def _new_tokens(self, request_id: str, count: int, last: int) -> list[int]:
-        """The accepted drafts and the token after them; none while the prompt is prefilled."""
-        history = self._histories.get(request_id)
-        if not count or history is None:
-            return []
-        tokens = [*self.proposer.verified(request_id)[: count - 1], last]
-        history.extend(tokens)
-        return tokens
+    def new_tokens(
+        self, request_ids: Sequence[str], counts: Sequence[int], last: Sequence[int]
+    ) -> list[list[int]]:
+        """See `deferred.History`."""
+        return [
+            [*self.proposer.verified(request_id)[: count - 1], token]
+            if count and request_id in self._histories
+            else []
+            for request_id, count, token in zip(request_ids, counts, last, strict=True)
+        ]
+
+    def extend(self, request_ids: Sequence[str], sampled: Sequence[list[int]]) -> None:
+        """See `deferred.History`."""
+        for request_id, tokens in zip(request_ids, sampled, strict=True):
+            if tokens:
+                self._histories[request_id].extend(tokens)
+
+    def _propose_on_host(
+        self, request_ids: Sequence[str], counts: list[int], last: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """[B, K] drafts, and [B] how many they are, once the host has seen the outcome."""
+        sampled = self.new_tokens(request_ids, counts, last)
+        self.extend(request_ids, sampled)
+        drafts = self.proposer.propose(request_ids, sampled)
+        self._proposed = request_ids, drafts
+        filled = [
+            row + [token] * (self._most_drafts - len(row)) for row, token in zip(drafts, last, strict=True)
+        ]
+        num_drafts = [len(row) for row in drafts]
+        return self._to_device(filled, torch.int64), self._to_device(num_drafts, torch.int32)
+
+    def _taking_turns(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._deferred is None else self._deferred.lock
 
     def _to_device(self, values: Any, dtype: torch.dtype) -> Tensor:
         return async_tensor_h2d(torch.tensor(values, dtype=dtype), device=self._device)
@@ -235,22 +283,25 @@ class SSDModelRunnerV2(GPUModelRunner):
         with compat.speculator_class(SSDSpeculator):
             super().__init__(vllm_config, device)
 
+    def connect(self, proposer: Proposer, link: DraftLink, counters: Counters) -> None:
+        """Give the runner its half of the rounds; before the first request."""
+        self.speculator.connect(proposer, link, counters)
+
     @property
     def proposer(self) -> Proposer:
-        """The target's half of the rounds; set by the worker before the first request."""
+        """The target's half of the rounds."""
         return self.speculator.proposer
-
-    @proposer.setter
-    def proposer(self, proposer: Proposer) -> None:
-        self.speculator.proposer = proposer
 
     def token_history(self, request_id: str) -> list[int]:
         """The request's tokens so far, prompt and output."""
         return self.speculator.history(request_id)
 
     def time_step(self, num_tokens: int) -> None:
-        """One forward over so many tokens that belong to nobody, to be timed."""
-        self._dummy_run(num_tokens)
+        """One step over so many tokens that belong to nobody, to be timed: forward and logits."""
+        _, hidden_states = self._dummy_run(num_tokens)
+        self.model.compute_logits(hidden_states)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the target, then put our verifier before vLLM's."""
@@ -269,14 +320,14 @@ class SSDModelRunnerV2(GPUModelRunner):
     def sample(
         self, hidden_states: Tensor, input_batch: InputBatch, grammar_output: GrammarOutput | None
     ) -> tuple[SamplerOutput, Tensor, Tensor]:
-        """Sample and verify as vLLM does."""
+        """Sample and verify; for ratio verification the drafts' laws come first."""
         if self.speculator.draft_logits is not None and input_batch.num_draft_tokens:
             self.speculator.load_laws(input_batch, self.sampler.sampling_states.temperature.np)
         return super().sample(hidden_states, input_batch, grammar_output)
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         """The drafts that there really are: a scheduler that waits for them schedules no filling."""
-        return self.speculator.proposed
+        return self.speculator.proposed()
 
     def _remove_request(self, req_id: str) -> bool:
         self.speculator.remove(req_id)

@@ -233,6 +233,7 @@ class DraftSupervisor:
         logger.warning("SSD draft is stalled (%s); decoding goes on without it", reason)
 
     def _restart(self, reason: str) -> None:
+        self._state = State.LOADING  # nobody asks for the tables from now on
         self._process.stop(grace_s=0.0)
         self._channel.close()
         shutil.rmtree(self._table_dir, ignore_errors=True)

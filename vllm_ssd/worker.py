@@ -75,7 +75,7 @@ class DraftHost:
         ssd = self.vllm_config.speculative_config
         costs, history = Costs(), self.model_runner.token_history
         self._planner: RoundPlanner = FixedPlan(Plan(ssd.num_speculative_tokens, ssd.ssd_branch_budget))
-        self.model_runner.proposer = Proposer(
+        proposer = Proposer(
             self._supervisor,
             self.vllm_config.scheduler_config.max_num_seqs,
             _fallback(ssd, costs, history, self.vllm_config.model_config.max_model_len),
@@ -86,6 +86,7 @@ class DraftHost:
             ssd.ssd_wait_ms / 1000,
         )
         self._costs = costs
+        self.model_runner.connect(proposer, self._supervisor, self._counters)
 
     def determine_available_memory(self) -> int:
         """Size the target's KV cache once the draft has taken its memory."""

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from link import Link
 
 from vllm_ssd import proposer as proposer_module
-from vllm_ssd.channel import Outcomes, RoundOutcome, Sampling, Start, Stop, ToDraft
+from vllm_ssd.channel import Outcomes, RoundOutcome, Sampling, Start, Stop
 from vllm_ssd.costs import NGRAM, Costs
 from vllm_ssd.counters import Counters, target_fields
 from vllm_ssd.draft_laws import DraftLaws, PointMass
@@ -20,46 +21,6 @@ from vllm_ssd.proposer import Proposer
 
 K, SLOTS, BUDGET, VOCAB = 3, 2, 8, 100
 HISTORY = {"a": [1, 2, 3], "b": [4, 5], "c": [6]}
-
-
-class Link:
-    """A draft process that does what the test says."""
-
-    step_seconds = 0.001
-
-    def __init__(self, cache: OutcomeCache, laws: DraftLaws) -> None:
-        self.outcomes = cache
-        self.table = laws
-        self.ready = True
-        self.newly_ready = False
-        self.sent: list[ToDraft] = []
-
-    @property
-    def cache(self) -> OutcomeCache | None:
-        return self.outcomes if self.ready else None
-
-    @property
-    def laws(self) -> DraftLaws | None:
-        return self.table if self.ready else None
-
-    def check(self) -> bool:
-        newly, self.newly_ready = self.newly_ready, False
-        self.ready |= newly
-        return newly
-
-    def send(self, message: ToDraft) -> None:
-        self.sent.append(message)
-
-    def take_sent(self) -> list[ToDraft]:
-        sent, self.sent = self.sent, []
-        return sent
-
-    def publish(self, start: Start, round_: int, k: int, token: int, drafts: list[int]) -> None:
-        """As the draft does for one foreseen outcome."""
-        entry = round_ % BUDGET
-        self.outcomes.open_branches(start.slot, entry, start.epoch, round_, np.array([k]), np.array([token]))
-        for depth, draft in enumerate(drafts):
-            self.outcomes.publish(start.slot, entry, depth, np.array([draft]))
 
 
 class AlwaysMore:

@@ -68,7 +68,8 @@ def test_lookup(seed: int, num_rows: int, num_branches: int, num_drafts: int) ->
 def test_lookup_finds_misses_and_passes_over() -> None:
     """The cases above are of all kinds."""
     found = torch.cat([assert_same_lookup(lookup_case(seed, 8, 8, 3)) for seed in range(40)])
-    counts = found.bincount(minlength=0) if (found >= 0).all() else (found + 1).bincount()
+    counts = (found + 1).bincount(minlength=2)  # misses, none or late, one draft, ...
+    assert len(counts) == 5
     assert (counts > 5).all(), counts
 
 
@@ -132,10 +133,31 @@ def test_fork_copy(seed: int, num_layers: int, num_pairs: int, block: tuple[int,
         assert torch.equal(got, wanted)
 
 
+@pytest.mark.parametrize("layout", ["blocks, heads, tokens", "blocks, tokens, heads", "blocks, layers"])
+def test_fork_copy_in_vllms_layouts(layout: str) -> None:
+    """vLLM names a block's dimensions in one order whatever their order in memory."""
+    layers, blocks, heads, tokens, size = 3, 6, 2, 4, 8
+    memory = torch.arange(float(layers * blocks * heads * tokens * size), device=DEVICE)
+    if layout == "blocks, layers":
+        caches = list(memory.view(blocks, layers, heads, tokens, size).unbind(1))
+    elif layout == "blocks, tokens, heads":
+        caches = list(memory.view(layers, blocks, tokens, heads, size).transpose(2, 3).unbind(0))
+    else:
+        caches = list(memory.view(layers, blocks, heads, tokens, size).unbind(0))
+    expected = [cache.clone() for cache in caches]
+    pairs = torch.tensor([[0, 1, 0], [3, 5, 2]], device=DEVICE)
+    ForkCopy(caches)(pairs[0], pairs[1])
+    fork_copy_reference(expected, pairs[0], pairs[1])
+    for got, wanted in zip(caches, expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
 def test_fork_copy_refuses_what_it_cannot_copy() -> None:
-    with pytest.raises(ValueError, match="alike and contiguous"):
+    with pytest.raises(ValueError, match="alike"):
         ForkCopy([torch.zeros(4, 8), torch.zeros(4, 6)])
-    with pytest.raises(ValueError, match="alike and contiguous"):
+    with pytest.raises(ValueError, match="alike"):
+        ForkCopy([torch.zeros(4, 2, 4), torch.zeros(4, 4, 2).transpose(1, 2)])
+    with pytest.raises(ValueError, match="one piece"):
         ForkCopy([torch.zeros(8, 4).T])
     with pytest.raises(ValueError, match="words of 8"):
         ForkCopy([torch.zeros(4, 3)])
@@ -164,7 +186,7 @@ def selection_case(
 
 
 @CASES
-@given(SEEDS, SIZES, st.integers(1, 8), st.sampled_from([1, 2, 5, 9]), st.sampled_from([1, 2, 8, 21]))
+@given(SEEDS, SIZES, st.integers(1, 6), st.sampled_from([1, 2, 5, 9]), st.sampled_from([1, 2, 8, 15]))
 def test_selection(seed: int, num_rows: int, num_lengths: int, num_candidates: int, budget: int) -> None:
     case = selection_case(seed, num_rows, num_lengths, num_candidates)
     for got, wanted in zip(

@@ -80,25 +80,40 @@ class DraftEngine:
                 raise UnsupportedDraft(f"KV cache of shape {tuple(cache.shape)} is not ordered by block")
         self._fork_copy = _fork_copy(self.kv_caches)
 
-    def warm_up(self, num_rows: int = 16) -> None:
-        """Run one step on scratch blocks, before any block is in use.
+    def warm_up(self, max_rows: int) -> None:
+        """Do once, on scratch blocks and before any is in use, all that serving does.
 
-        With torch.compile this is where the compilation happens. vLLM drops the compiled code's guards, so
-        the first batch decides which sizes are dynamic: it has to have several rows of different lengths.
+        What is compiled at its first use is compiled now: later the target would take the draft for stalled.
+        With torch.compile vLLM drops the compiled code's guards, so the first batch decides which sizes are
+        dynamic: it has to have several rows of different lengths.
+
+        Args:
+            max_rows: most rows of a step.
         """
+        num_rows = min(16, max_rows)
         self._run_on_scratch_blocks(num_rows, 2)
+        for top_k, top_p in ((0, 1.0), (2, 0.9)):
+            sampling = RowSampling(
+                temperatures=np.ones(num_rows, dtype=np.float32),
+                seeds=np.arange(num_rows),
+                top_k=np.full(num_rows, top_k, dtype=np.int32),
+                top_p=np.full(num_rows, top_p, dtype=np.float32),
+            )
+            self._run_on_scratch_blocks(num_rows, 1, sampling)
+        self.copy_blocks(np.array([0]), np.array([1 % self.num_blocks]))
 
     def run_on_scratch_blocks(self, num_rows: int) -> None:
         """One step over so many short rows, before any block is in use."""
         self._run_on_scratch_blocks(num_rows, 1)
 
-    def _run_on_scratch_blocks(self, num_rows: int, length: int) -> None:
+    def _run_on_scratch_blocks(self, num_rows: int, length: int, sampling: RowSampling | None = None) -> None:
         rows = Rows(
             tokens=np.zeros(length * num_rows, dtype=np.int64),
             positions=np.tile(np.arange(length), num_rows),
             query_lens=np.full(num_rows, length, dtype=np.int32),
             block_tables=np.arange(num_rows, dtype=np.int32)[:, None] % self.num_blocks,
             wanted=np.arange(length - 1, length * num_rows, length),
+            sampling=sampling,
         )
         self.forward(rows, num_candidates=2)
 

@@ -1,0 +1,263 @@
+"""Rounds that the device looks up and the host hears of later: the same messages, one step behind."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from device import DEVICE
+from link import Link
+
+from vllm_ssd.channel import Outcomes, RoundOutcome, Start, Stop
+from vllm_ssd.costs import Costs
+from vllm_ssd.counters import Counters, target_fields
+from vllm_ssd.deferred import DeferredRounds
+from vllm_ssd.draft_laws import DraftLaws
+from vllm_ssd.fallback import NoFallback
+from vllm_ssd.outcome import OutcomeCache
+from vllm_ssd.planner import FixedPlan, Plan
+from vllm_ssd.proposer import Proposer
+
+K, SLOTS, BUDGET, VOCAB = 3, 4, 8, 100
+
+
+class Bench:
+    """As the model runner has it: requests in slots, and their tokens."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.link = Link(self.new_cache("first"), DraftLaws(folder, SLOTS, K, VOCAB, create=True))
+        self.counters = Counters(folder / "target", target_fields(K), create=True)
+        self.histories: dict[str, list[int]] = {}
+        self.slots: dict[str, int] = {}
+        self.proposer = Proposer(
+            self.link,
+            SLOTS,
+            NoFallback(),
+            Costs(),
+            lambda name: self.histories[name],
+            self.counters,
+            FixedPlan(Plan(K, BUDGET)),
+        )
+        self.deferred = DeferredRounds(
+            self.proposer, self.link, self.counters, self, SLOTS, K, torch.device(DEVICE)
+        )
+        self.last_sampled = torch.zeros(SLOTS, dtype=torch.int64, device=DEVICE)
+
+    def new_cache(self, name: str) -> OutcomeCache:
+        (self.folder / name).mkdir()
+        return OutcomeCache(self.folder / name, SLOTS, BUDGET, K, create=True)
+
+    def new_tokens(self, names: Sequence[str], counts: Sequence[int], last: Sequence[int]) -> list[list[int]]:
+        return [
+            [*self.proposer.verified(name)[: count - 1], token] if count else []
+            for name, count, token in zip(names, counts, last, strict=True)
+        ]
+
+    def extend(self, names: Sequence[str], sampled: Sequence[list[int]]) -> None:
+        for name, tokens in zip(names, sampled, strict=True):
+            self.histories[name] += tokens
+
+    def start(self, name: str, slot: int, tokens: list[int]) -> Start | None:
+        with self.deferred.lock:
+            self.histories[name], self.slots[name] = list(tokens), slot
+            epoch = self.proposer.start(name, tokens, slot=slot)
+        self.deferred.begin(slot, epoch)
+        starts = [message for message in self.link.take_sent() if isinstance(message, Start)]
+        return starts[0] if starts else None
+
+    def step(self, outcomes: dict[str, tuple[int, int]]) -> list[list[int]]:
+        """Drafts after outcomes (number of new tokens, the last of them), without the filling."""
+        slots = torch.tensor([self.slots[name] for name in outcomes], device=DEVICE)
+        counts = torch.tensor([count for count, _ in outcomes.values()], dtype=torch.int32, device=DEVICE)
+        last = torch.tensor([token for _, token in outcomes.values()], device=DEVICE)
+        self.last_sampled[slots] = last
+        drafts, num_drafts = self.deferred.propose(list(outcomes), slots, counts, self.last_sampled)
+        assert (
+            (drafts >= 0) & (drafts < VOCAB)
+        ).all()  # the filling too: it goes into the target's embedding
+        return [row[:count] for row, count in zip(drafts.tolist(), num_drafts.tolist(), strict=True)]
+
+    def told(self) -> list[RoundOutcome]:
+        """What the draft has heard since, when all rounds are taken in."""
+        self.deferred.proposed()
+        return [
+            row for message in self.link.take_sent() if isinstance(message, Outcomes) for row in message.rows
+        ]
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def test_the_draft_hears_what_the_device_found(bench: Bench) -> None:
+    a, b = bench.start("a", 2, [1, 2]), bench.start("b", 0, [3])
+    assert a is not None
+    assert b is not None
+    bench.link.publish(a, 0, 0, 50, [51, 52, 53])
+    assert bench.step({"b": (1, 70), "a": (1, 50)}) == [[], [51, 52, 53]]
+    assert bench.told() == [
+        RoundOutcome(0, b.epoch, 0, [70], []),
+        RoundOutcome(2, a.epoch, 0, [50], [51, 52, 53]),
+    ]
+    bench.link.publish(a, 1, 2, 60, [61])
+    assert bench.step({"a": (3, 60)}) == [[61]]
+    assert bench.told() == [RoundOutcome(2, a.epoch, 1, [51, 52, 60], [61])]
+    assert bench.histories == {"a": [1, 2, 50, 51, 52, 60], "b": [3, 70]}
+    assert bench.deferred.proposed() == (["a"], [[61]])
+    counted = bench.counters.as_dict()
+    assert (counted["rounds"], counted["lookups"], counted["hits"]) == (2, 3, 2)
+
+
+def test_a_prompt_that_is_not_prefilled_has_no_outcome(bench: Bench) -> None:
+    a = bench.start("a", 1, [1, 2])
+    assert a is not None
+    assert bench.step({"a": (0, 9)}) == [[]]
+    assert bench.told() == []
+    bench.link.publish(a, 0, 0, 50, [51])
+    assert bench.step({"a": (1, 50)}) == [[51]]
+
+
+def test_rounds_may_be_several_steps_behind(bench: Bench) -> None:
+    a = bench.start("a", 1, [1, 2])
+    assert a is not None
+    bench.step({"a": (1, 7)})
+    bench.told()
+    with bench.deferred.lock:  # the thread waits
+        for round_ in (1, 2, 3):
+            bench.link.publish(a, round_, 0, 50 + round_, [60 + round_])
+            assert bench.step({"a": (1, 50 + round_)}) == [[60 + round_]]
+        assert bench.link.take_sent() == []
+    assert [(row.round, row.tokens) for row in bench.told()] == [(1, [51]), (2, [52]), (3, [53])]
+
+
+def test_a_name_that_came_again_is_another_request(bench: Bench) -> None:
+    """It is preempted and resumed before the host hears of its last round."""
+    first = bench.start("a", 1, [1, 2])
+    assert first is not None
+    bench.step({"a": (1, 7)})
+    bench.told()
+    holding, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with bench.deferred.lock:
+            holding.set()
+            release.wait(10)
+
+    stock = bench.proposer.stop
+    bench.step({"a": (1, 8)})  # may or may not be taken in before the request stops: the same to all
+    thread = threading.Thread(target=hold)
+    thread.start()
+    holding.wait(10)
+    release.set()
+    thread.join()
+    with bench.deferred.lock:
+        stock("a")
+        bench.histories["a"] = [1, 2, 7, 8]
+    second = bench.start("a", 3, [1, 2, 7, 8])
+    assert second is not None
+    bench.told()
+    assert bench.histories["a"] == [1, 2, 7, 8]
+    bench.link.publish(second, 0, 0, 9, [10])
+    assert bench.step({"a": (1, 9)}) == [[10]]
+    assert [row.epoch for row in bench.told()] == [second.epoch]
+
+
+def test_an_outcome_in_flight_is_not_the_next_requests(bench: Bench) -> None:
+    a = bench.start("a", 1, [1, 2])
+    assert a is not None
+    bench.step({"a": (1, 7)})
+    bench.told()
+    bench.deferred.lock.acquire()
+    try:
+        bench.step({"a": (1, 8)})  # the thread cannot take it in yet
+        bench.proposer.stop("a")
+        bench.histories["a"] = [5]
+        bench.deferred.begin(1, bench.proposer.start("a", [5], slot=1))
+    finally:
+        bench.deferred.lock.release()
+    assert bench.told() == []
+    assert bench.histories["a"] == [5]
+
+
+def test_without_a_draft_and_with_another(bench: Bench) -> None:
+    a = bench.start("a", 1, [1, 2])
+    assert a is not None
+    bench.link.publish(a, 0, 0, 50, [51, 52])
+    bench.link.ready = False
+    assert bench.step({"a": (1, 50)}) == [[]]
+    assert bench.told() == []
+    # The next draft has a table of its own and is told everything when its readiness is noticed.
+    bench.link.outcomes = bench.new_cache("second")
+    bench.link.newly_ready = True
+    assert bench.step({"a": (1, 55)}) == [[]]
+    bench.deferred.proposed()
+    start, outcome = bench.link.take_sent()
+    assert isinstance(start, Start)
+    assert isinstance(outcome, Outcomes)
+    assert start.tokens == torch.tensor([1, 2, 50], dtype=torch.int32).numpy().tobytes()
+    assert outcome.rows == [RoundOutcome(1, start.epoch, 0, [55], [])]
+    bench.link.publish(start, 1, 0, 56, [57])
+    assert bench.step({"a": (1, 56)}) == [[57]]
+    assert bench.told() == [RoundOutcome(1, start.epoch, 1, [56], [57])]
+    assert bench.histories["a"] == [1, 2, 50, 55, 56]
+
+
+def test_drafts_of_a_draft_that_died_meanwhile_are_verified_all_the_same(bench: Bench) -> None:
+    a = bench.start("a", 1, [1, 2])
+    assert a is not None
+    bench.step({"a": (1, 7)})
+    bench.told()
+    bench.link.publish(a, 1, 0, 50, [51, 52])
+    with bench.deferred.lock:
+        assert bench.step({"a": (1, 50)}) == [[51, 52]]
+        bench.link.ready = False
+    bench.deferred.proposed()
+    assert bench.step({"a": (3, 60)}) == [[]]
+    bench.deferred.proposed()
+    assert bench.histories["a"] == [1, 2, 7, 50, 51, 52, 60]
+
+
+def test_the_plan_limits_what_is_served(bench: Bench) -> None:
+    a = bench.start("a", 1, [1, 2])
+    assert a is not None
+    bench.proposer.planner = FixedPlan(Plan(1, BUDGET))
+    bench.link.publish(a, 0, 0, 50, [51, 52, 53])
+    assert bench.step({"a": (1, 50)}) == [[51]]
+    assert bench.told() == [RoundOutcome(1, a.epoch, 0, [50], [51])]
+
+
+def test_a_request_without_tokens_finds_nothing(bench: Bench) -> None:
+    """Given as embeddings: the draft is not told of it, whoever had its slot before."""
+    a = bench.start("a", 1, [1, 2])
+    assert a is not None
+    bench.link.publish(a, 0, 0, 50, [51])
+    with bench.deferred.lock:
+        bench.proposer.stop("a")
+    assert bench.link.take_sent() == [Stop(1, a.epoch)]
+    bench.slots["b"] = 1
+    bench.deferred.begin(1)
+    assert bench.step({"b": (1, 50)}) == [[]]
+    assert bench.told() == []
+
+
+def test_a_failure_ends_speculation_and_nothing_else(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    a = bench.start("a", 1, [1, 2])
+    assert a is not None
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(bench.proposer, "take_in", fail)
+    with caplog.at_level("ERROR", logger="vllm.ssd"):
+        bench.step({"a": (1, 50)})
+        bench.deferred.proposed()
+    assert "planted" in caplog.text
+    assert bench.step({"a": (1, 51)}) == [[]]
+    assert bench.told() == []

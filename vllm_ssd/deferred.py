@@ -1,0 +1,201 @@
+"""Rounds whose outcome the host does not wait for: looked up on the device, told to the draft afterwards.
+
+Where the model runner works ahead of its device (V2 on CUDA), waiting for an outcome would stop it in every
+round. So a kernel looks the outcomes up, in a table that the device reads in the host's memory, and the next
+verification may begin at once. What came of it is copied to the host meanwhile, and a thread of its own, once
+the copy is there, does the bookkeeping and tells the draft: all that is in `proposer`.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from vllm_ssd.counters import Counters
+from vllm_ssd.kernels.lookup import MISSED, look_up
+from vllm_ssd.outcome import OutcomeCache
+from vllm_ssd.proposer import NOT_INTRODUCED, DraftLink, LiveRequest, Proposer
+
+logger = logging.getLogger("vllm.ssd")
+
+
+class History(Protocol):
+    """The tokens of the requests that the model runner is working on."""
+
+    def new_tokens(
+        self, request_ids: Sequence[str], counts: Sequence[int], last: Sequence[int]
+    ) -> list[list[int]]:
+        """[B], each row's accepted drafts and the token after them: `counts[i]` in all, `last[i]` at last."""
+        ...
+
+    def extend(self, request_ids: Sequence[str], sampled: Sequence[list[int]]) -> None:
+        """These follow in each row."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Round:
+    """One step's outcome on its way to the host: per row the number of new tokens, the last, MISSED or the
+    number of drafts, and the drafts."""
+
+    request_ids: Sequence[str]
+    requests: list[LiveRequest | None]  # [B]: a name may soon stand for another
+    found: Tensor  # [B, 3 + K] int64
+    is_there: Any  # the event of the copy; None where there is nothing to wait for
+
+
+class DeferredRounds:
+    """The device's half of look-ups, and the thread that follows it.
+
+    The thread and its caller take turns at the proposer, under a lock.
+
+    Args:
+        proposer: with `NoFallback`: nothing can be made up for a miss that the host hears of too late.
+        link: the draft process.
+        counters: the target's.
+        history: the requests' tokens; used by the thread, in the order of rounds, under the lock.
+        max_num_reqs: the model runner's slots, which are also the outcome cache's.
+        num_speculative_tokens: K.
+        device: where outcomes and drafts are.
+    """
+
+    def __init__(
+        self,
+        proposer: Proposer,
+        link: DraftLink,
+        counters: Counters,
+        history: History,
+        max_num_reqs: int,
+        num_speculative_tokens: int,
+        device: torch.device,
+    ) -> None:
+        self._proposer = proposer
+        self._link = link
+        self._counters = counters
+        self._history = history
+        self._most_drafts = num_speculative_tokens
+        self._device = device
+        self._cache: OutcomeCache | None = None
+        self._generation = -1
+        self._entries: Tensor | None = None
+        # By slot, as the look-up takes them; the device advances the rounds.
+        self._epochs = torch.full((max_num_reqs,), NOT_INTRODUCED, dtype=torch.int64, device=device)
+        self._rounds = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
+        self._todo: queue.Queue[_Round] = queue.Queue()
+        self._failed = False
+        self._proposed: tuple[Sequence[str], list[list[int]]] = ([], [])
+        self.lock = threading.Lock()
+        threading.Thread(target=self._follow_rounds, name="ssd-rounds", daemon=True).start()
+
+    def begin(self, slot: int, epoch: int = NOT_INTRODUCED) -> None:
+        """A request of this epoch takes the slot."""
+        self._epochs[slot] = epoch
+        self._rounds[slot] = 0
+
+    def propose(
+        self, request_ids: Sequence[str], slots: Tensor, num_sampled: Tensor, last_sampled: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Drafts for the next verification of each row, without waiting for the outcome.
+
+        Args:
+            request_ids: [B].
+            slots: [B] int64.
+            num_sampled: [B], 0 for a row without an outcome.
+            last_sampled: [max_num_reqs] int64, by slot.
+
+        Returns:
+            [B, K] int64 drafts, filled up with a valid token, and how many of each row are drafts: [B] int32.
+        """
+        began = time.perf_counter_ns()
+        self._keep_up_with_draft()
+        drafts = torch.empty(len(request_ids), self._most_drafts, dtype=torch.int64, device=self._device)
+        found = torch.empty(len(request_ids), dtype=torch.int32, device=self._device)
+        last = last_sampled[slots]
+        if self._entries is None:
+            drafts.copy_(last[:, None].expand_as(drafts))
+            found.fill_(MISSED)
+        else:
+            look_up(
+                self._entries, slots, self._epochs, self._rounds, num_sampled, last_sampled, drafts, found
+            )
+            found.clamp_(max=self._proposer.planner.plan(len(request_ids)).num_drafts)
+        columns = torch.cat([torch.stack([num_sampled.long(), last, found.long()], dim=1), drafts], dim=1)
+        requests = [self._proposer.live(request_id) for request_id in request_ids]
+        self._todo.put(_Round(request_ids, requests, *self._to_host(columns)))
+        self._counters.add("critical_path_ns", time.perf_counter_ns() - began)
+        return drafts, found.clamp(min=0)
+
+    def proposed(self) -> tuple[Sequence[str], list[list[int]]]:
+        """The last step's requests and their drafts, without the filling. Waits for that step to end."""
+        self._todo.join()
+        return self._proposed
+
+    def _keep_up_with_draft(self) -> None:
+        """Look up in the table of the draft that is ready now, with the epochs that it knows."""
+        cache, generation = self._link.cache, self._proposer.generation
+        if cache is self._cache and generation == self._generation:
+            return
+        self._todo.join()  # the rounds in flight are counted; this happens once in a draft's life
+        with self.lock:
+            # It may have changed again.
+            self._cache, self._generation = self._link.cache, self._proposer.generation
+            keys = self._proposer.keys()
+        self._entries = None if self._cache is None else self._mapped(self._cache)
+        self._epochs.fill_(NOT_INTRODUCED)
+        for slot, (epoch, round_) in keys.items():
+            self._epochs[slot], self._rounds[slot] = epoch, round_
+
+    def _mapped(self, cache: OutcomeCache) -> Tensor:
+        """The table, as the device reads it: in the host's memory."""
+        entries = torch.from_numpy(cache.entries)
+        if self._device.type == "cuda":
+            size = entries.numel() * entries.element_size()
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(entries.data_ptr(), size, 0))
+        return entries
+
+    def _to_host(self, tensor: Tensor) -> tuple[Tensor, Any]:
+        """A copy that is on its way, and the event of its arrival."""
+        if self._device.type != "cuda":
+            return tensor, None
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        copy.copy_(tensor, non_blocking=True)
+        is_there = torch.cuda.Event(blocking=True)
+        is_there.record()
+        return copy, is_there
+
+    def _follow_rounds(self) -> None:
+        while True:
+            round_ = self._todo.get()
+            try:
+                if not self._failed:
+                    self._take_in(round_)
+            except Exception:
+                # Without bookkeeping nothing can be foreseen any more, but every request is still answered.
+                self._failed = True
+                logger.exception("SSD has failed; decoding goes on without it")
+            finally:
+                self._todo.task_done()
+
+    def _take_in(self, round_: _Round) -> None:
+        if round_.is_there is not None:
+            round_.is_there.synchronize()
+        rows = round_.found.tolist()
+        with self.lock:
+            # A request that left the batch since then, and perhaps came again, has no use for the outcome.
+            counts = [
+                row[0] if self._proposer.live(request_id) is request else 0
+                for request_id, request, row in zip(round_.request_ids, round_.requests, rows, strict=True)
+            ]
+            sampled = self._history.new_tokens(round_.request_ids, counts, [row[1] for row in rows])
+            served = [row[3 : 3 + row[2]] if row[2] != MISSED else None for row in rows]
+            self._proposer.take_in(round_.request_ids, sampled, served)
+            self._history.extend(round_.request_ids, sampled)
+        self._proposed = round_.request_ids, [row or [] for row in served]
