@@ -1,5 +1,4 @@
-"""Where tests/v2 and gpu_bench.py run: on a GPU if there is one, else on the CPU, vLLM's V2 runner and all
-Triton kernels in Triton's interpreter, slowly. To be imported before vLLM."""
+"""Where tests/v2 and gpu_bench.py run: on a GPU if there is one, else on the CPU in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -10,11 +9,17 @@ import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
-if DEVICE == "cpu":
+def use_v2_runner() -> None:
+    """Let vLLM run its V2 model runner in this process; neither it nor Triton may have been imported yet."""
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if DEVICE == "cpu":
+        _interpret_kernels()
+
+
+def _interpret_kernels() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     from triton import language as tl
     from triton.backends import backends

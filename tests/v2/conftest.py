@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-from device import DEVICE
-from engines import Engines
-from models import write_pair
+from device import DEVICE, use_v2_runner
+
+use_v2_runner()  # before anything imports Triton
+from engines import Engines  # noqa: E402
+from models import write_pair  # noqa: E402
 
 Pair = tuple[Path, Path]
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from device import DEVICE
 from engines import Engines, generate, greedy_params, in_worker, metric, ssd, stats
 from laws import Law, assert_exact, assert_rejected
 from transformers import LlamaForCausalLM
 
 from vllm_ssd import runner_v2
+from vllm_ssd.draft_laws import PointMass
 from vllm_ssd.runner_v2 import SSDModelRunnerV2
 
-# vLLM's top-k/top-p kernel hangs in the interpreter, so neither is asked for here.
+# Where vLLM's kernels hang in the interpreter, a test must still end.
 pytestmark = pytest.mark.timeout(300)
 
 Pair = tuple[Path, Path]
@@ -126,6 +130,58 @@ def test_greedy_and_seeded_tokens_are_those_without_speculation(
     assert in_worker(llm, lambda worker: len(worker.model_runner.speculator._histories)) <= 1
 
 
+def constrained(llm: Any) -> list[list[int]]:
+    """Greedy and seeded requests of which some may only say what a pattern, top-k or top-p allows."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    params = []
+    for i in range(6):
+        kinds: list[dict[str, Any]] = [
+            {"structured_outputs": StructuredOutputsParams(regex="(ab|cd|e[a-f]){3,9}")},
+            {"top_k": 20},
+            {"top_p": 0.8},
+        ]
+        params.append(SamplingParams(temperature=float(i % 2), seed=i, max_tokens=NUM_TOKENS, **kinds[i % 3]))
+    return generate(llm, mixed_prompts()[14:20], params)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="vLLM's kernels for these do not run in the interpreter")
+def test_grammars_top_k_and_top_p(engines: Engines, pair: Pair) -> None:
+    expected = constrained(engines.get(pair[0], **few_blocks()))
+    llm = engines.get(pair[0], ssd(pair[1], 3), **few_blocks())
+    assert constrained(llm) == expected
+    assert stats(llm)["hits"] > 0
+
+
+def test_a_killed_draft_and_aborted_requests(
+    engines: Engines, pair: Pair, greedy_reference: list[list[int]]
+) -> None:
+    from vllm.inputs import TokensPrompt
+
+    llm = engines.get(pair[0], ssd(pair[1], 3, ssd_max_restarts=0), **few_blocks())
+    engine = llm.llm_engine
+    ids = [
+        engine.add_request(str(i), TokensPrompt(prompt_token_ids=prompt), greedy_params(NUM_TOKENS))
+        for i, prompt in enumerate(mixed_prompts()[:16])
+    ]
+    answers: dict[str, list[int]] = {}
+    steps = 0
+    while engine.has_unfinished_requests():
+        steps += 1
+        if steps in (4, 10):  # some run, some wait, some have finished
+            engine.abort_request(ids[1::4][: steps // 3])
+        if steps == 12:
+            os.kill(stats(llm)["draft"]["pid"], signal.SIGKILL)
+        for output in engine.step():
+            if output.finished:
+                answers[output.request_id] = list(output.outputs[0].token_ids)
+    kept = [i for i in range(16) if i % 4 != 1]
+    assert [answers[str(i)] for i in kept] == [greedy_reference[i] for i in kept]
+    assert stats(llm)["draft"]["state"] == "gone"
+    assert stats(llm)["hits"] > 0
+
+
 def schedule_k_drafts(worker: Any) -> None:
     """As asynchronous scheduling does, which the CPU does not allow: K for every row, known or not."""
     from vllm.v1.outputs import DraftTokenIds
@@ -214,8 +270,12 @@ def test_ratio_with_a_wrong_law_is_rejected(
     """The test above has the power to fail."""
     llm = small_engine(engines, small_vocabulary_pair)
     stock = runner_v2.law_as_logits
-    monkeypatch.setattr(runner_v2, "law_as_logits", lambda *args: stock(*args).roll(1, dims=-1))
-    assert_rejected(model, llm, [Law(0.7)], NUM_SAMPLES // 2)
+
+    def of_another_token(law: Any, drafts: Sequence[int], *args: Any) -> torch.Tensor:
+        return stock(PointMass(), [(token + 1) % 8 for token in drafts], *args)
+
+    monkeypatch.setattr(runner_v2, "law_as_logits", of_another_token)
+    assert_rejected(model, llm, [Law(0.7)], NUM_SAMPLES)
 
 
 def small_engine(engines: Engines, pair: Pair) -> Any:
