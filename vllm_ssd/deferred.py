@@ -148,6 +148,8 @@ class DeferredRounds:
             # It may have changed again.
             self._cache, self._generation = self._link.cache, self._proposer.generation
             keys = self._proposer.keys()
+        if self._entries is not None and self._device.type == "cuda":
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._entries.data_ptr()))
         self._entries = None if self._cache is None else self._mapped(self._cache)
         self._epochs.fill_(NOT_INTRODUCED)
         for slot, (epoch, round_) in keys.items():
@@ -179,7 +181,7 @@ class DeferredRounds:
                     self._take_in(round_)
             except Exception:
                 # Without bookkeeping nothing can be foreseen any more, but every request is still answered.
-                self._failed = True
+                self._failed, self._proposed = True, ([], [])
                 logger.exception("SSD has failed; decoding goes on without it")
             finally:
                 self._todo.task_done()
