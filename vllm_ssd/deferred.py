@@ -22,7 +22,10 @@ from torch import Tensor
 from vllm_ssd.counters import Counters
 from vllm_ssd.kernels.lookup import MISSED, look_up
 from vllm_ssd.outcome import OutcomeCache
-from vllm_ssd.proposer import NOT_INTRODUCED, DraftLink, LiveRequest, Proposer
+from vllm_ssd.planner import Plan
+from vllm_ssd.proposer import NOT_INTRODUCED, DraftLink, LiveRequest, LookedUp, Proposer
+
+CLOSE_S = 2.0
 
 logger = logging.getLogger("vllm.ssd")
 
@@ -48,6 +51,8 @@ class _Round:
 
     request_ids: Sequence[str]
     requests: list[LiveRequest | None]  # [B]: a name may soon stand for another
+    plan: Plan
+    had_draft: bool
     found: Tensor  # [B, 3 + K] int64
     is_there: Any  # the event of the copy; None where there is nothing to wait for
 
@@ -89,11 +94,20 @@ class DeferredRounds:
         # By slot, as the look-up takes them; the device advances the rounds.
         self._epochs = torch.full((max_num_reqs,), NOT_INTRODUCED, dtype=torch.int64, device=device)
         self._rounds = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
-        self._todo: queue.Queue[_Round] = queue.Queue()
-        self._failed = False
+        self._todo: queue.Queue[_Round | None] = queue.Queue()
+        self._failed = self._closed = False
         self._proposed: tuple[Sequence[str], list[list[int]]] = ([], [])
         self.lock = threading.Lock()
-        threading.Thread(target=self._follow_rounds, name="ssd-rounds", daemon=True).start()
+        self._thread = threading.Thread(target=self._follow_rounds, name="ssd-rounds", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Take in what is under way and end the thread, which else keeps the model runner in memory."""
+        if not self._closed:
+            self._closed = True
+            self._todo.put(None)
+            if threading.current_thread() is not self._thread:
+                self._thread.join(CLOSE_S)
 
     def begin(self, slot: int, epoch: int = NOT_INTRODUCED) -> None:
         """A request of this epoch takes the slot."""
@@ -116,6 +130,7 @@ class DeferredRounds:
         """
         began = time.perf_counter_ns()
         self._keep_up_with_draft()
+        plan = self._proposer.planner.plan(len(request_ids))
         drafts = torch.empty(len(request_ids), self._most_drafts, dtype=torch.int64, device=self._device)
         found = torch.empty(len(request_ids), dtype=torch.int32, device=self._device)
         last = last_sampled[slots]
@@ -126,10 +141,11 @@ class DeferredRounds:
             look_up(
                 self._entries, slots, self._epochs, self._rounds, num_sampled, last_sampled, drafts, found
             )
-            found.clamp_(max=self._proposer.planner.plan(len(request_ids)).num_drafts)
+            found.clamp_(max=plan.num_drafts)
         columns = torch.cat([torch.stack([num_sampled.long(), last, found.long()], dim=1), drafts], dim=1)
         requests = [self._proposer.live(request_id) for request_id in request_ids]
-        self._todo.put(_Round(request_ids, requests, *self._to_host(columns)))
+        had_draft = self._entries is not None
+        self._todo.put(_Round(request_ids, requests, plan, had_draft, *self._to_host(columns)))
         self._counters.add("critical_path_ns", time.perf_counter_ns() - began)
         return drafts, found.clamp(min=0)
 
@@ -140,27 +156,35 @@ class DeferredRounds:
 
     def _keep_up_with_draft(self) -> None:
         """Look up in the table of the draft that is ready now, with the epochs that it knows."""
-        cache, generation = self._link.cache, self._proposer.generation
+        cache, generation = None if self._failed else self._link.cache, self._proposer.generation
         if cache is self._cache and generation == self._generation:
             return
         self._todo.join()  # the rounds in flight are counted; this happens once in a draft's life
         with self.lock:
             # It may have changed again.
-            self._cache, self._generation = self._link.cache, self._proposer.generation
+            self._cache = None if self._failed else self._link.cache
+            self._generation = self._proposer.generation
             keys = self._proposer.keys()
         if self._entries is not None and self._device.type == "cuda":
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._entries.data_ptr()))
+            torch.cuda.cudart().cudaHostUnregister(self._entries.data_ptr())
         self._entries = None if self._cache is None else self._mapped(self._cache)
         self._epochs.fill_(NOT_INTRODUCED)
         for slot, (epoch, round_) in keys.items():
             self._epochs[slot], self._rounds[slot] = epoch, round_
 
-    def _mapped(self, cache: OutcomeCache) -> Tensor:
-        """The table, as the device reads it: in the host's memory."""
+    def _mapped(self, cache: OutcomeCache) -> Tensor | None:
+        """The table, as the device reads it: in the host's memory. None if it cannot."""
         entries = torch.from_numpy(cache.entries)
         if self._device.type == "cuda":
             size = entries.numel() * entries.element_size()
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(entries.data_ptr(), size, 0))
+            error = torch.cuda.cudart().cudaHostRegister(entries.data_ptr(), size, 0)
+            if int(error):
+                logger.error(
+                    "SSD: the GPU cannot read the outcome cache (CUDA error %d); decoding goes on without "
+                    "drafts. Set ssd_shared_dir to a folder in memory, such as one in /dev/shm",
+                    int(error),
+                )
+                return None
         return entries
 
     def _to_host(self, tensor: Tensor) -> tuple[Tensor, Any]:
@@ -174,21 +198,21 @@ class DeferredRounds:
         return copy, is_there
 
     def _follow_rounds(self) -> None:
-        while True:
-            round_ = self._todo.get()
+        while (round_ := self._todo.get()) is not None:
             try:
+                if round_.is_there is not None:
+                    round_.is_there.synchronize()
                 if not self._failed:
                     self._take_in(round_)
             except Exception:
                 # Without bookkeeping nothing can be foreseen any more, but every request is still answered.
                 self._failed, self._proposed = True, ([], [])
+                self._counters.set("draft_alive", 0)
                 logger.exception("SSD has failed; decoding goes on without it")
             finally:
                 self._todo.task_done()
 
     def _take_in(self, round_: _Round) -> None:
-        if round_.is_there is not None:
-            round_.is_there.synchronize()
         rows = round_.found.tolist()
         with self.lock:
             # A request that left the batch since then, and perhaps came again, has no use for the outcome.
@@ -198,6 +222,7 @@ class DeferredRounds:
             ]
             sampled = self._history.new_tokens(round_.request_ids, counts, [row[1] for row in rows])
             served = [row[3 : 3 + row[2]] if row[2] != MISSED else None for row in rows]
-            self._proposer.take_in(round_.request_ids, sampled, served)
+            found = LookedUp(round_.plan, served if round_.had_draft else None)
+            self._proposer.take_in(round_.request_ids, sampled, found)
             self._history.extend(round_.request_ids, sampled)
         self._proposed = round_.request_ids, [row or [] for row in served]

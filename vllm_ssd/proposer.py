@@ -20,7 +20,7 @@ from vllm_ssd.counters import Counters
 from vllm_ssd.draft_laws import DraftLaw, DraftLaws, PointMass
 from vllm_ssd.fallback import NOTHING, DraftAccess, Drafts, Fallback, MissedOutcome
 from vllm_ssd.outcome import Outcome, OutcomeCache
-from vllm_ssd.planner import RoundPlanner
+from vllm_ssd.planner import Plan, RoundPlanner
 
 NOT_INTRODUCED = -1  # epoch of a request that the draft does not know; no entry has it
 POLL_S = 50e-6
@@ -46,10 +46,19 @@ class LiveRequest:
     """A request that the target is working on."""
 
     slot: int
+    is_slot_ours: bool  # not the model runner's
     sampling: Sampling
     epoch: int = NOT_INTRODUCED
     round: int = 0
     drafts: Drafts = NOTHING  # what is being verified
+
+
+@dataclass(frozen=True)
+class LookedUp:
+    """What a look-up on the device found."""
+
+    plan: Plan
+    drafts: Sequence[list[int] | None] | None  # [B], None where a row missed; None without a draft
 
 
 class Proposer:
@@ -102,7 +111,8 @@ class Proposer:
         Returns:
             Its epoch, NOT_INTRODUCED while there is no draft.
         """
-        request = LiveRequest(self._free_slots.pop() if slot is None else slot, sampling)
+        ours = slot is None
+        request = LiveRequest(self._free_slots.pop() if slot is None else slot, ours, sampling)
         self._live[request_id] = request
         if self._link.cache is not None:
             self._introduce(request, tokens)
@@ -113,7 +123,8 @@ class Proposer:
         request = self._live.pop(request_id, None)
         if request is None:
             return
-        self._free_slots.append(request.slot)
+        if request.is_slot_ours:
+            self._free_slots.append(request.slot)
         if self._link.cache is not None:
             self._link.send(Stop(request.slot, request.epoch))
 
@@ -131,9 +142,12 @@ class Proposer:
         began = time.perf_counter_ns()
         if self._link.check():
             self._introduce_all()
+            for request_id in request_ids:
+                if (request := self._live.get(request_id)) is not None:
+                    request.drafts = NOTHING
             drafts: list[list[int]] = [[] for _ in request_ids]  # the draft has only just heard of them
         else:
-            drafts = self._propose(request_ids, sampled, None)
+            drafts = self._propose(request_ids, sampled)
         self._counters.add("rounds")
         self._counters.add("critical_path_ns", time.perf_counter_ns() - began)
         return drafts
@@ -151,18 +165,16 @@ class Proposer:
         """Epoch and round of each slot's request: what its next outcome is looked up with."""
         return {request.slot: (request.epoch, request.round) for request in self._live.values()}
 
-    def take_in(
-        self, request_ids: Sequence[str], sampled: Sequence[list[int]], served: Sequence[list[int] | None]
-    ) -> None:
+    def take_in(self, request_ids: Sequence[str], sampled: Sequence[list[int]], found: LookedUp) -> None:
         """A step whose outcomes were looked up already (`vllm_ssd.deferred`); the history is that before it.
 
         Args:
             request_ids, sampled: [B], as for `propose`.
-            served: [B], the drafts that each row found and that are being verified; None where it missed.
+            found: what the rows found, and is being verified.
         """
         if self._link.check():
             self._introduce_all()
-        self._propose(request_ids, sampled, served)
+        self._propose(request_ids, sampled, found)
         self._counters.add("rounds")
 
     def laws(self, request_ids: Sequence[str], num_drafts: Sequence[int]) -> list[DraftLaw]:
@@ -200,12 +212,9 @@ class Proposer:
         return PointMass()
 
     def _propose(
-        self,
-        request_ids: Sequence[str],
-        sampled: Sequence[list[int]],
-        served: Sequence[list[int] | None] | None,
+        self, request_ids: Sequence[str], sampled: Sequence[list[int]], looked_up: LookedUp | None = None
     ) -> list[list[int]]:
-        """Drafts of each row; `served` [B], if they were looked up already, says which."""
+        """Drafts of each row, looked up here or before."""
         rows = [i for i, tokens in enumerate(sampled) if tokens and request_ids[i] in self._live]
         requests = [self._live[request_ids[i]] for i in rows]
         outcomes = [
@@ -215,17 +224,15 @@ class Proposer:
         if not rows:
             return [[] for _ in request_ids]
         self._measure(requests, outcomes)
-        plan = self.planner.plan(len(rows))
-        cache = self._link.cache
-        if served is not None:
-            found = [served[i] for i in rows]
-        elif cache is not None:
-            looked_up = self._look_up(cache, outcomes, plan.num_drafts)
-            found = [drafts and drafts[: plan.num_drafts] for drafts in looked_up]
+        plan = self.planner.plan(len(rows)) if looked_up is None else looked_up.plan
+        found: list[list[int] | None] | None
+        if looked_up is None:
+            found = self._look_up(outcomes, plan.num_drafts)
         else:
-            found = [None] * len(rows)
-        if cache is None:
+            found = None if looked_up.drafts is None else [looked_up.drafts[i] for i in rows]
+        if found is None:
             self._counters.add("undrafted", len(rows))
+            found = [None] * len(rows)
         else:
             self._count(requests, outcomes, found)
         missed = [
@@ -252,7 +259,14 @@ class Proposer:
         num_verified = sum(1 + len(request.drafts.tokens) for request in requests)
         self.planner.add_round(len(requests), num_verified, seconds)
 
-    def _look_up(
+    def _look_up(self, outcomes: list[Outcome], num_drafts: int) -> list[list[int] | None] | None:
+        """At most so many drafts of each outcome, None where it was not foreseen; None without a draft."""
+        cache = self._link.cache
+        if cache is None:
+            return None
+        return [drafts and drafts[:num_drafts] for drafts in self._await_depth(cache, outcomes, num_drafts)]
+
+    def _await_depth(
         self, cache: OutcomeCache, outcomes: list[Outcome], num_drafts: int
     ) -> list[list[int] | None]:
         found = cache.look_up(outcomes)
@@ -302,6 +316,6 @@ class Proposer:
 
     def _introduce(self, request: LiveRequest, tokens: list[int]) -> None:
         self._last_epoch += 1
-        request.epoch, request.round, request.drafts = self._last_epoch, 0, NOTHING
+        request.epoch, request.round = self._last_epoch, 0
         packed = np.array(tokens, dtype="<i4").tobytes()
         self._link.send(Start(request.slot, request.epoch, packed, request.sampling))

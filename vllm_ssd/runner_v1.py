@@ -46,6 +46,9 @@ class SSDModelRunner(CPUModelRunner):
         """Give the runner its half of the rounds; before the first request."""
         self.proposer = proposer
 
+    def close(self) -> None:
+        """Nothing runs beside it."""
+
     def token_history(self, request_id: str) -> list[int]:
         """The request's tokens so far, prompt and output."""
         request = self.requests[request_id]

@@ -51,7 +51,8 @@ class SSDSpeculator(BaseSpeculator):
             shape = (self._max_num_reqs, self._most_drafts, vllm_config.model_config.get_vocab_size())
             self.draft_logits = torch.zeros(shape, dtype=torch.float32, device=device)
         # What else there is to do for a row than looking its outcome up needs the host to know the outcome.
-        self._can_defer = ssd.ssd_verify == "coupled" and ssd.ssd_fallback == "none" and not ssd.ssd_wait_ms
+        needs_outcome = ssd.ssd_verify == "ratio" or ssd.ssd_fallback != "none" or ssd.ssd_wait_ms > 0
+        self._can_defer = _runs_ahead(vllm_config) and not needs_outcome
         self._deferred: DeferredRounds | None = None
         self._histories: dict[str, list[int]] = {}
         self._with_grammar: set[str] = set()
@@ -64,6 +65,11 @@ class SSDSpeculator(BaseSpeculator):
             self._deferred = DeferredRounds(
                 proposer, link, counters, self, self._max_num_reqs, self._most_drafts, self._device
             )
+
+    def close(self) -> None:
+        """End what runs beside the model runner."""
+        if self._deferred is not None:
+            self._deferred.close()
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """No graphs here."""
@@ -196,6 +202,11 @@ class SSDSpeculator(BaseSpeculator):
         return async_tensor_h2d(torch.tensor(values, dtype=dtype), device=self._device)
 
 
+def _runs_ahead(vllm_config: VllmConfig) -> bool:
+    """Whether the next step begins before the host knows the outcome of this one."""
+    return bool(vllm_config.scheduler_config.async_scheduling)
+
+
 class SSDRejectionSampler(RejectionSampler):
     """vLLM's verifier, told where there are no drafts; in coupled verification it draws every position."""
 
@@ -286,6 +297,10 @@ class SSDModelRunnerV2(GPUModelRunner):
     def connect(self, proposer: Proposer, link: DraftLink, counters: Counters) -> None:
         """Give the runner its half of the rounds; before the first request."""
         self.speculator.connect(proposer, link, counters)
+
+    def close(self) -> None:
+        """End what runs beside the runner."""
+        self.speculator.close()
 
     @property
     def proposer(self) -> Proposer:

@@ -155,14 +155,14 @@ class DraftSupervisor:
         self._configure = msgspec.structs.replace(
             self._configure, address=address, table_dir=str(self._table_dir)
         )
-        self._cache = OutcomeCache(
+        self._cache: OutcomeCache | None = OutcomeCache(
             self._table_dir,
             self._configure.max_slots,
             self._configure.branch_budget,
             self._configure.num_speculative_tokens,
             create=True,
         )
-        self._laws = None if self._configure.is_coupled else self._make_laws()
+        self._laws: DraftLaws | None = None if self._configure.is_coupled else self._make_laws()
         self._draft_counters.set("messages", 0)
         self._channel = Channel(address, bind=True, receives=Ready | Failed)
         self._process = DraftProcess(self._configure)
@@ -244,7 +244,7 @@ class DraftSupervisor:
             return
         logger.warning("SSD draft %s; starting it again, decoding goes on meanwhile", reason)
         self._counters.add("draft_restarts")
-        del self._cache, self._laws  # memory of the old tables, which the new ones may need
+        self._cache = self._laws = None  # memory of the old tables, which the new ones may need
         try:
             self._spawn()
         except OSError as error:

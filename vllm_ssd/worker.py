@@ -68,7 +68,8 @@ class DraftHost:
             ssd.ssd_max_restarts,
         )
         # Also where nobody calls shutdown: an engine that fails to start, or is dropped in-process.
-        self._stop_draft = weakref.finalize(self, _stop_draft, self._supervisor, folder)
+        self._to_close: list[Callable[[], None]] = []
+        self._stop_draft = weakref.finalize(self, _stop_draft, self._to_close, self._supervisor, folder)
 
     def connect(self) -> None:
         """Give the model runner its proposer."""
@@ -87,6 +88,7 @@ class DraftHost:
         )
         self._costs = costs
         self.model_runner.connect(proposer, self._supervisor, self._counters)
+        self._to_close.append(self.model_runner.close)
 
     def determine_available_memory(self) -> int:
         """Size the target's KV cache once the draft has taken its memory."""
@@ -103,13 +105,14 @@ class DraftHost:
             target_times = measure_line(self.model_runner.time_step, 1, most_tokens)
             times = StepTimes(*target_times, *self._supervisor.step_times)
             logger.info("SSD planner: %s", times)
+            supervisor = self._supervisor  # a reference to this worker would keep it in memory
             self._planner = self.model_runner.proposer.planner = Planner(
                 ssd.num_speculative_tokens,
                 ssd.ssd_branch_budget,
                 ssd.ssd_max_rows,
                 times,
                 self._costs,
-                lambda: self._supervisor.step_seconds,
+                lambda: supervisor.step_seconds,
             )
         return warmed_up
 
@@ -135,7 +138,11 @@ class DraftHost:
         }
 
 
-def _stop_draft(supervisor: DraftSupervisor, folder: SharedFolder) -> None:
+def _stop_draft(
+    to_close: list[Callable[[], None]], supervisor: DraftSupervisor, folder: SharedFolder
+) -> None:
+    for close in to_close:  # first, since they may be talking to the draft
+        close()
     supervisor.close()
     folder.remove()
 

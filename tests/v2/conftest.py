@@ -28,6 +28,14 @@ def engines() -> Iterator[Engines]:
     kept.close()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def runs_ahead() -> None:
+    """The CPU platform schedules synchronously, where look-ups would all be on the host."""
+    from vllm_ssd import runner_v2
+
+    runner_v2._runs_ahead = lambda vllm_config: True
+
+
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """(target, draft) of 512 tokens that agree greedily on about 60 % of the positions."""

@@ -124,10 +124,18 @@ def test_greedy_and_seeded_tokens_are_those_without_speculation(
         assert in_batches(llm, mixed_prompts(), seeded_params(40)) == seeded_reference
     counted = stats(llm)
     assert 0 < counted["hits"] < counted["lookups"]
+    assert is_deferred(llm) == (not options or "ssd_planner" in options)
     assert metric(llm, "vllm:num_preemptions") > 0
     assert metric(llm, "vllm:spec_decode_num_accepted_tokens") > 0
     # vLLM tells the runner that a request has finished with the next step.
     assert in_worker(llm, lambda worker: len(worker.model_runner.speculator._histories)) <= 1
+
+
+def is_deferred(llm: Any) -> bool:
+    """Whether outcomes are looked up on the device, and without failure."""
+    deferred = in_worker(llm, lambda worker: worker.model_runner.speculator._deferred)
+    assert deferred is None or not deferred._failed
+    return deferred is not None
 
 
 def constrained(llm: Any) -> list[list[int]]:
@@ -231,9 +239,12 @@ def test_filled_up_rows(
     prompts = mixed_prompts()[:16]
     outputs = in_batches(llm, prompts, greedy_params(NUM_TOKENS))
     assert outputs == greedy_reference[:16]
+    in_worker(llm, lambda worker: worker.model_runner.speculator.proposed())  # all rounds are taken in
     if verify == "coupled":
         assert in_batches(llm, prompts, seeded_params(16)) == seeded_reference[:16]
+        in_worker(llm, lambda worker: worker.model_runner.speculator.proposed())
         assert 0 < sum(verified) <= stats(llm)["drafts_served"]
+    assert is_deferred(llm) == (verify == "coupled")
     watched = in_worker(llm, lambda worker: worker.model_runner.speculator.watched)
     for prompt, output in list(zip(prompts, outputs, strict=True))[:-4]:  # the last are still there
         # A preempted request leaves before its end, and the last round may yield more than was asked for.
