@@ -17,7 +17,7 @@ from vllm_ssd.outcome import DEPTH, EPOCH, FIRST_DRAFT, ROUND, TOKEN, K
 
 CASES = settings(max_examples=1000)
 SEEDS = st.integers(0, 2**32 - 1)
-SIZES = st.sampled_from([0, 1, 2, 3, 5])
+SIZES = st.sampled_from([0, 1, 2, 4])
 
 
 def lookup_case(seed: int, num_rows: int, num_branches: int, num_drafts: int) -> list[torch.Tensor]:

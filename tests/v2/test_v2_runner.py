@@ -286,7 +286,7 @@ def test_ratio_with_a_wrong_law_is_rejected(
         return stock(PointMass(), [(token + 1) % 8 for token in drafts], *args)
 
     monkeypatch.setattr(runner_v2, "law_as_logits", of_another_token)
-    assert_rejected(model, llm, [Law(0.7)], NUM_SAMPLES)
+    assert_rejected(model, llm, [Law(0.7)], 140)
 
 
 def small_engine(engines: Engines, pair: Pair) -> Any:
