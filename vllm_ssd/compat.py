@@ -6,6 +6,7 @@ replaces by name first, so that a rename upstream fails loudly here and nowhere 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -186,19 +187,14 @@ def add_metrics() -> None:
 
 
 @contextmanager
-def cpu_runner_class(runner_class: type) -> Iterator[None]:
-    """Let `CPUWorker.init_device` build our model runner, V1 or V2.
+def cpu_runner_class(runner_class: type, *, is_v2: bool) -> Iterator[None]:
+    """Let `CPUWorker.init_device` build our model runner.
 
     Why: the CPU worker names its runner classes in code, where the GPU worker has `_make_model_runner`.
     Goes when the CPU worker gets the same hook.
     """
-    from vllm.v1.worker import cpu_model_runner, cpu_worker
-
-    module: Any = cpu_worker
-    if not issubclass(runner_class, cpu_model_runner.CPUModelRunner):
-        from vllm.v1.worker.cpu import model_runner
-
-        module = model_runner
+    place = "vllm.v1.worker.cpu.model_runner" if is_v2 else "vllm.v1.worker.cpu_worker"
+    module: Any = importlib.import_module(place)
     stock = module.CPUModelRunner
     module.CPUModelRunner = runner_class
     try:

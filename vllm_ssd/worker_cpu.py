@@ -14,7 +14,8 @@ class SSDWorker(DraftHost, CPUWorker):
     def init_device(self) -> None:
         """Start the draft, and build the model runner of the version that vLLM has chosen."""
         self.start_draft()
-        with compat.cpu_runner_class(_runner_class(self.use_v2_model_runner)):
+        is_v2 = self.use_v2_model_runner
+        with compat.cpu_runner_class(_runner_class(is_v2), is_v2=is_v2):
             super().init_device()
         self.connect()
 

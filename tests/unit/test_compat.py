@@ -22,6 +22,7 @@ def registered() -> None:
 
 def patched() -> list[Any]:
     """Everything that `register` replaces."""
+    from vllm.config import vllm as config
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils import cpu_triton_utils
     from vllm.v1.metrics import loggers
@@ -31,7 +32,17 @@ def patched() -> list[Any]:
         cpu_triton_utils._expand_kernel_impl,
         loggers.LoggingStatLogger.__init__,
         loggers.PrometheusStatLogger._spec_decoding_cls,
+        config.NgramGPUTypes,
     ]
+
+
+def test_methods_that_may_be_scheduled_asynchronously() -> None:
+    """vLLM's own list, and ours."""
+    from typing import get_args
+
+    from vllm.config import vllm as config
+
+    assert {"ngram_gpu", "ssd"} <= set(get_args(config.NgramGPUTypes))
 
 
 def test_registering_twice_changes_nothing_more() -> None:
@@ -185,7 +196,7 @@ def test_a_missing_patch_target_fails_loudly(
 
 def test_missing_seams_of_the_runner_fail_loudly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("vllm.v1.worker.cpu_worker.CPUModelRunner")
-    with pytest.raises(AttributeError, match="CPUModelRunner"), compat.cpu_runner_class(object):
+    with pytest.raises(AttributeError, match="CPUModelRunner"), compat.cpu_runner_class(object, is_v2=False):
         pass
     monkeypatch.delattr("vllm.v1.worker.gpu_model_runner.create_custom_proposer")
     with (
@@ -204,7 +215,7 @@ def test_seams_of_the_runner_are_put_back() -> None:
     config = SimpleNamespace(method="ssd")
 
     def fail_inside() -> None:
-        with compat.cpu_runner_class(object), compat.no_stock_drafter(config, "drafter"):
+        with compat.cpu_runner_class(object, is_v2=False), compat.no_stock_drafter(config, "drafter"):
             assert cpu_worker.CPUModelRunner is object
             assert config.method == "custom_class"
             assert gpu_model_runner.create_custom_proposer(None) == "drafter"

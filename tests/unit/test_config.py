@@ -256,6 +256,26 @@ def test_a_gpu_that_does_not_exist(pair: Pair, monkeypatch: pytest.MonkeyPatch) 
     assert_one_line(refusal(pair, ssd_draft_device="cuda:2"), "ssd_draft_device='cuda:2'", "cuda:1")
 
 
+def test_on_cuda_the_planner_needs_a_scheduler_that_waits(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_cuda(monkeypatch, 2)
+    lines = refusal(pair, {"async_scheduling": True}, ssd_planner=True)
+    assert_one_line(lines, "ssd_planner", "async_scheduling")
+
+
+def test_with_ray_the_drafts_gpu_is_named(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_ssd.config import _choose_draft_device
+
+    on_cuda(monkeypatch, 4)
+    parallel = SimpleNamespace(distributed_executor_backend="ray")
+    ssd = SimpleNamespace(ssd_draft_device=None, target_parallel_config=parallel)
+    with pytest.raises(ValueError, match="ssd_draft_device"):
+        _choose_draft_device(ssd)
+    ssd.ssd_draft_device = "cuda:3"
+    assert _choose_draft_device(ssd) == "cuda:3"
+
+
 def test_a_gpu_where_there_is_none(pair: Pair) -> None:
     assert_one_line(refusal(pair, ssd_draft_device="cuda:0"), "no GPU here")
 

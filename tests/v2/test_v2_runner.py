@@ -16,7 +16,7 @@ from engines import Engines, generate, greedy_params, in_worker, metric, ssd, st
 from laws import Law, assert_exact, assert_rejected
 from transformers import LlamaForCausalLM
 
-from vllm_ssd import runner_v2
+from vllm_ssd import compat, runner_v2
 from vllm_ssd.draft_laws import PointMass
 from vllm_ssd.runner_v2 import SSDModelRunnerV2
 
@@ -188,6 +188,32 @@ def test_a_killed_draft_and_aborted_requests(
     assert [answers[str(i)] for i in kept] == [greedy_reference[i] for i in kept]
     assert stats(llm)["draft"]["state"] == "gone"
     assert stats(llm)["hits"] > 0
+
+
+def test_seams_of_the_runner_are_put_back_and_fail_loudly(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.worker.cpu import model_runner as cpu
+    from vllm.v1.worker.gpu import model_runner as gpu
+
+    stock = cpu.CPUModelRunner, gpu.init_speculator
+
+    def fail_inside() -> None:
+        with (
+            compat.cpu_runner_class(object, is_v2=True),
+            compat.speculator_class(lambda config, device: (config, device)),
+        ):
+            assert cpu.CPUModelRunner is object
+            assert gpu.init_speculator(1, 2, 3) == (1, 2)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
+    assert (cpu.CPUModelRunner, gpu.init_speculator) == stock
+    monkeypatch.delattr(cpu, "CPUModelRunner")
+    with pytest.raises(AttributeError, match="CPUModelRunner"), compat.cpu_runner_class(object, is_v2=True):
+        pass
+    monkeypatch.delattr(gpu, "init_speculator")
+    with pytest.raises(AttributeError, match="init_speculator"), compat.speculator_class(lambda *args: None):
+        pass
 
 
 def schedule_k_drafts(worker: Any) -> None:
