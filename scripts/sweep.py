@@ -41,7 +41,7 @@ from scipy.optimize import brentq, least_squares
 
 from vllm_ssd.speed_model import PairStatistics, Prediction, StepTimes, predict_ssd
 
-DRAFTS = (1, 2, 3, 5, 7)
+DRAFTS = (1, 2, 3, 4, 5, 6, 7)
 BUDGETS = (5, 8, 16, 32)
 BATCHES = (1, 2, 4, 8)
 MAX_ROWS = 32
