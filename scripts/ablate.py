@@ -43,6 +43,7 @@ from harness import (
     engine_args,
     exit_on_signals,
     parse_number,
+    provenance,
     running_engines,
     write_json,
 )
@@ -240,8 +241,7 @@ def write_table(
         f"# {name}",
         "",
         (FIGURES[name].__doc__ or "").strip(),
-        f"Command: `{run['command']}`, commit {run['commit']},",
-        "machine: " + ", ".join(f"{key} {value}" for key, value in run["machine"].items()) + ".",
+        *provenance(run),
         "",
         f"![{name}]({name}.png)",
         "",

@@ -374,6 +374,14 @@ def describe_run() -> dict[str, Any]:
     return {"machine": describe_machine(), "commit": describe_commit(), "command": shlex.join(sys.argv)}
 
 
+def provenance(run: dict[str, Any]) -> list[str]:
+    """Lines of Markdown that say where a table comes from; `run` as from `describe_run`."""
+    return [
+        f"Command: `{run['command']}`, commit {run['commit']},",
+        "machine: " + ", ".join(f"{key} {value}" for key, value in run["machine"].items()) + ".",
+    ]
+
+
 def write_json(path: Path, report: dict[str, Any]) -> None:
     """Write a report, and its folder if it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)

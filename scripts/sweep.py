@@ -33,6 +33,7 @@ from harness import (
     engine_args,
     exit_on_signals,
     parse_number,
+    provenance,
     running_engines,
     write_json,
 )
@@ -209,8 +210,7 @@ def write_report(
         "# model",
         "",
         "Measured speed beside the speed model's, and the planner beside the fastest point of the sweep.",
-        f"Command: `{run['command']}`, commit {run['commit']},",
-        "machine: " + ", ".join(f"{key} {value}" for key, value in run["machine"].items()) + ".",
+        *provenance(run),
         "",
         "![model](model.png)",
         "",

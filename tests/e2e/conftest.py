@@ -9,13 +9,10 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from engines import Engines
-from models import write_pair
-
-Pair = tuple[Path, Path]
+from pairs import pair, small_vocabulary_pair  # noqa: F401
 
 
 @pytest.fixture(scope="session")
@@ -24,15 +21,3 @@ def engines() -> Iterator[Engines]:
     kept = Engines()
     yield kept
     kept.close()
-
-
-@pytest.fixture(scope="session")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """(target, draft) of 512 tokens that agree greedily on about 60 % of the positions."""
-    return write_pair(tmp_path_factory.mktemp("pair"), vocab_size=512, agreement=0.5)
-
-
-@pytest.fixture(scope="session")
-def small_vocabulary_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """(target, draft) of 8 tokens: the law of a few tokens can be enumerated."""
-    return write_pair(tmp_path_factory.mktemp("small"), vocab_size=8, agreement=0.3, sharpness=1.5)

@@ -13,9 +13,7 @@ from device import DEVICE, use_v2_runner
 
 use_v2_runner()  # before anything imports Triton
 from engines import Engines  # noqa: E402
-from models import write_pair  # noqa: E402
-
-Pair = tuple[Path, Path]
+from pairs import pair, small_vocabulary_pair  # noqa: E402, F401
 
 
 @pytest.fixture(scope="session")
@@ -34,15 +32,3 @@ def runs_ahead() -> None:
     from vllm_ssd import runner_v2
 
     runner_v2._runs_ahead = lambda vllm_config: True
-
-
-@pytest.fixture(scope="session")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """(target, draft) of 512 tokens that agree greedily on about 60 % of the positions."""
-    return write_pair(tmp_path_factory.mktemp("pair"), vocab_size=512, agreement=0.5)
-
-
-@pytest.fixture(scope="session")
-def small_vocabulary_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """(target, draft) of 8 tokens: the law of a few tokens can be enumerated."""
-    return write_pair(tmp_path_factory.mktemp("small"), vocab_size=8, agreement=0.3, sharpness=1.5)
