@@ -8,11 +8,13 @@ wrong block, a copy left out, a wrong position or a block handed out twice chang
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
-from vllm_ssd.draft.rows import Candidates, Rows
+from vllm_ssd.draft.rows import Candidates, Place, Rows
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -43,6 +45,15 @@ def fingerprint(state: int, seed: int) -> float:
     return float((state * 31 + seed) % 65_521)
 
 
+@dataclass(frozen=True)
+class ToyPredictions:
+    """`vllm_ssd.draft.rows.Predictions`; L positions."""
+
+    states: list[int]  # [L] digests of the prefixes
+    drafts: Int64Array
+    laws: npt.NDArray[np.float32] | None
+
+
 class ToyEngine:
     """`vllm_ssd.draft.server.Engine` on the toy model.
 
@@ -71,8 +82,9 @@ class ToyEngine:
         self.row_counts: list[int] = []
         self.query_lens: list[int] = []
         self.num_copies = 0
+        self.num_advances = 0
 
-    def forward(self, rows: Rows, num_candidates: int) -> Candidates:
+    def forward(self, rows: Rows) -> ToyPredictions:
         num_rows = len(rows.query_lens)
         assert rows.block_tables.shape == (num_rows, -(-self.max_model_len // self.block_size))
         assert int(rows.query_lens.sum()) == len(rows.tokens) == len(rows.positions)
@@ -90,18 +102,28 @@ class ToyEngine:
         for length, table in zip(rows.query_lens.tolist(), rows.block_tables, strict=True):
             states += self._run_row(rows, first, length, table, before, written)
             first += length
-        wanted = [ranked_tokens(states[index], self.vocab_size)[:num_candidates] for index in rows.wanted]
-        tokens = np.array(wanted, dtype=np.int64).reshape(len(wanted), num_candidates)
-        # Each token half as likely as the one before it.
-        log_probs = np.tile(-np.log(2) * np.arange(1, num_candidates + 1, dtype=np.float32), (len(wanted), 1))
+        wanted = [states[index] for index in rows.wanted]
+        drafts = np.array([ranked_tokens(state, self.vocab_size)[0] for state in wanted], dtype=np.int64)
+        self._rows, self._drafts = rows, drafts
         if rows.sampling is None:
-            return Candidates(tokens, log_probs)
-        seeds = rows.sampling.seeds.tolist()
+            return ToyPredictions(wanted, drafts, None)
         laws = [
-            np.full(self.vocab_size, fingerprint(states[index], seed), dtype=np.float32)
-            for index, seed in zip(rows.wanted, seeds, strict=True)
+            np.full(self.vocab_size, fingerprint(state, seed), dtype=np.float32)
+            for state, seed in zip(wanted, rows.sampling.seeds.tolist(), strict=True)
         ]
-        return Candidates(tokens, log_probs, tokens[:, 0], np.array(laws))
+        return ToyPredictions(wanted, drafts, np.array(laws))
+
+    def advance(self) -> ToyPredictions:
+        assert (self._rows.query_lens == 1).all()
+        self.num_advances += 1
+        return self.forward(replace(self._rows, tokens=self._drafts, positions=self._rows.positions + 1))
+
+    def likeliest(self, places: list[Place], num_candidates: int) -> Candidates:
+        states = [cast(ToyPredictions, step).states[row] for step, row in places]
+        tokens = np.array([ranked_tokens(state, self.vocab_size)[:num_candidates] for state in states])
+        # Each token half as likely as the one before it.
+        log_probs = np.tile(-np.log(2) * np.arange(1, num_candidates + 1, dtype=np.float32), (len(states), 1))
+        return Candidates(tokens, log_probs)
 
     def copy_blocks(self, sources: Int64Array, targets: Int64Array) -> None:
         assert len(set(targets.tolist())) == len(targets)

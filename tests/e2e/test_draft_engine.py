@@ -15,7 +15,7 @@ from engines import Engines
 from target import Setup, Target
 from transformers import LlamaForCausalLM
 
-from vllm_ssd.draft.rows import Rows
+from vllm_ssd.draft.rows import Place, Rows
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -54,7 +54,9 @@ class Model:
             tables,
             np.cumsum(lengths) - 1,
         )
-        return self.engine.forward(batch, NUM_CANDIDATES).tokens, self.logits.clone()
+        predictions = self.engine.forward(batch)
+        found = self.engine.likeliest([Place(predictions, row) for row in range(len(rows))], NUM_CANDIDATES)
+        return found.tokens, self.logits.clone()
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from vllm_ssd.draft.rows import Candidates
+from vllm_ssd.draft.rows import Place, Predictions
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
 
 
-@dataclass
+@dataclass(eq=False)
 class BranchGroup:
     """Branches of one request that were forked together and advance in lockstep; n branches."""
 
@@ -30,7 +30,7 @@ class BranchGroup:
     num_shared: list[int]  # [n] leading blocks that belong to the trunk
     private_blocks: list[list[int]]  # [n] the branch's own blocks, after the shared ones
     steps: int = 0
-    candidates: list[Candidates] = field(default_factory=list)  # per step, each of n rows
+    tips: list[Place] = field(default_factory=list)  # per step, what it says of the first of the n rows
 
     def __len__(self) -> int:
         return len(self.ks)
@@ -45,17 +45,23 @@ class BranchGroup:
         """[n] their positions."""
         return self.roots + self.steps
 
-    def advance(self, candidates: Candidates) -> Int64Array:
-        """Take in a step's result, of n rows; returns the new draft tokens [n]."""
-        self.candidates.append(candidates)
+    def advance(self, predictions: Predictions, first: int) -> Int64Array:
+        """Take in a step whose rows from `first` on are this group's; returns the new draft tokens [n]."""
+        drafts = predictions.drafts[first : first + len(self)]
+        self.tips.append(Place(predictions, first))
         self.steps += 1
-        self.chains[:, self.steps] = candidates.drafts
-        return candidates.drafts
+        self.chains[:, self.steps] = drafts
+        return drafts
+
+    def place(self, branch: int, step: int) -> Place:
+        """What a step said of a branch."""
+        predictions, first = self.tips[step]
+        return Place(predictions, first + branch)
 
     def laws(self, branch: int, num_drafts: int) -> list[Float32Array]:
         """[V] each: what the branch's first drafts were drawn from; empty where they were not drawn."""
-        laws = [candidates.laws for candidates in self.candidates[:num_drafts]]
-        return [law[branch] for law in laws if law is not None]
+        places = [self.place(branch, step) for step in range(min(num_drafts, self.steps))]
+        return [place.predictions.laws[place.row] for place in places if place.predictions.laws is not None]
 
     def find(self, k: int, token: int) -> int | None:
         """Index of the branch that foresaw this outcome."""

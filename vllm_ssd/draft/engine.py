@@ -1,14 +1,16 @@
 """The draft model on vLLM's own loader, paged KV cache and attention backend.
 
-The engine knows rows and blocks, not requests: `forward` runs one step over a ragged batch of rows and
-returns the most likely next tokens. A branch of a request is simply a row whose block table shares the
-request's full blocks (see `vllm_ssd.draft.branches`), so any attention backend serves it.
+The engine knows rows and blocks, not requests: `forward` runs one step over a ragged batch of rows, `advance`
+one more over the same rows, each fed with the draft of the step before. A branch of a request is simply a row
+whose block table shares the request's full blocks (see `vllm_ssd.draft.branches`), so any attention backend
+serves it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +20,11 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.model_loader import get_model
 from vllm.platforms import current_platform
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import resolve_kv_cache_layout
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.worker.gpu.attn_utils import (
-    build_attn_metadata,
     build_slot_mappings_by_layer,
     get_kv_cache_spec,
     init_attn_backend,
@@ -33,14 +35,39 @@ from vllm.v1.worker.workspace import init_workspace_manager
 
 from vllm_ssd.channel import Configure
 from vllm_ssd.compat import kv_cache_config, supported_kv_cache_layouts
-from vllm_ssd.draft.rows import Candidates, Rows, RowSampling
+from vllm_ssd.draft.rows import Candidates, Place, Rows, RowSampling
 from vllm_ssd.noise import RecentNoise
 
 Int64Array = npt.NDArray[np.int64]
+Float32Array = npt.NDArray[np.float32]
 
 
 class UnsupportedDraft(ValueError):
     """The draft model cannot be run with branches; the message says why."""
+
+
+@dataclass(frozen=True)
+class StepPredictions:
+    """See `vllm_ssd.draft.rows.Predictions`; L positions."""
+
+    logits: torch.Tensor  # [L, V], as drafts are chosen by: tempered, restricted, with the noise added
+    drafts: Int64Array
+    laws: Float32Array | None = None
+
+
+@dataclass
+class StepInputs:
+    """What a step is fed with, on the device; N tokens of R rows."""
+
+    tokens: torch.Tensor  # [N]
+    positions: torch.Tensor  # [N]
+    row_of_token: torch.Tensor  # [N]
+    slots: torch.Tensor  # [N], where each token's KV goes
+    slots_by_layer: dict[str, torch.Tensor]
+    attention: CommonAttentionMetadata
+    wanted: torch.Tensor | None  # [L], None: all
+    wanted_positions: Int64Array  # [L]
+    sampling: RowSampling | None
 
 
 class DraftEngine:
@@ -99,14 +126,18 @@ class DraftEngine:
                 top_k=np.full(num_rows, top_k, dtype=np.int32),
                 top_p=np.full(num_rows, top_p, dtype=np.float32),
             )
-            self._run_on_scratch_blocks(num_rows, 1, sampling)
+            predictions = self._run_on_scratch_blocks(num_rows, 1, sampling)
+            self.advance()
+            self.likeliest([Place(predictions, 0)], num_candidates=2)
         self.copy_blocks(np.array([0]), np.array([1 % self.num_blocks]))
 
     def run_on_scratch_blocks(self, num_rows: int) -> None:
         """One step over so many short rows, before any block is in use."""
         self._run_on_scratch_blocks(num_rows, 1)
 
-    def _run_on_scratch_blocks(self, num_rows: int, length: int, sampling: RowSampling | None = None) -> None:
+    def _run_on_scratch_blocks(
+        self, num_rows: int, length: int, sampling: RowSampling | None = None
+    ) -> StepPredictions:
         rows = Rows(
             tokens=np.zeros(length * num_rows, dtype=np.int64),
             positions=np.tile(np.arange(length), num_rows),
@@ -115,60 +146,107 @@ class DraftEngine:
             wanted=np.arange(length - 1, length * num_rows, length),
             sampling=sampling,
         )
-        self.forward(rows, num_candidates=2)
+        return self.forward(rows)
 
     @torch.inference_mode()
-    def forward(self, rows: Rows, num_candidates: int) -> Candidates:
-        """Run one step; the KV of every token of the batch is written to its row's blocks.
+    def forward(self, rows: Rows) -> StepPredictions:
+        """Run one step; the KV of every token of the batch is written to its row's blocks."""
+        self._inputs = self._inputs_of(rows)
+        return self._step(self._inputs)
 
-        Returns:
-            The `num_candidates` likeliest next tokens at the wanted positions.
-        """
-        num_rows, num_tokens = len(rows.query_lens), len(rows.tokens)
-        query_start = np.zeros(num_rows + 1, dtype=np.int32)
-        np.cumsum(rows.query_lens, out=query_start[1:])
-        seq_lens = rows.positions[query_start[1:] - 1].astype(np.int32) + 1
-        row_of_token = np.repeat(np.arange(num_rows), rows.query_lens)
-        block, offset = np.divmod(rows.positions, self.block_size)
-        slots = rows.block_tables[row_of_token, block].astype(np.int64) * self.block_size + offset
+    @torch.inference_mode()
+    def advance(self) -> StepPredictions:
+        """Run one more step over the rows of the last, which had one token each; its drafts are fed in."""
+        inputs = self._inputs
+        inputs.tokens.copy_(self._drafts)
+        inputs.positions += 1
+        inputs.wanted_positions += 1
+        self._find_slots(inputs)
+        attention = inputs.attention
+        attention.max_seq_len += 1
+        attention.seq_lens += 1
+        if self.device.type != "cpu":  # there both are one tensor
+            attention.seq_lens_cpu_upper_bound += 1
+        return self._step(inputs)
 
-        query_start_cpu = torch.from_numpy(query_start)
-        positions = self._to_device(rows.positions)
-        slot_mapping = self._to_device(slots)[None, :]
-        metadata = build_attn_metadata(
-            self.attn_groups,
-            num_reqs=num_rows,
-            num_tokens=num_tokens,
-            query_start_loc_gpu=query_start_cpu.to(self.device),
-            query_start_loc_cpu=query_start_cpu,
-            max_query_len=int(rows.query_lens.max()),
-            seq_lens=self._to_device(seq_lens),
-            max_seq_len=int(seq_lens.max()),
-            block_tables=[self._to_device(rows.block_tables)],
-            slot_mappings=slot_mapping,
-            kv_cache_config=self.kv_cache_config,
-            seq_lens_cpu_upper_bound=torch.from_numpy(seq_lens),
-            positions=positions,
-        )
-        slots_by_layer = build_slot_mappings_by_layer(slot_mapping, self.kv_cache_config)
-        with set_forward_context(metadata, self.config, num_tokens=num_tokens, slot_mapping=slots_by_layer):
-            hidden = self.model(input_ids=self._to_device(rows.tokens), positions=positions)
-        if len(rows.wanted) < num_tokens:
-            hidden = hidden[self._to_device(rows.wanted)]
-        logits = self.model.compute_logits(hidden).float()
-        if rows.sampling is None:
-            return _likeliest(logits, num_candidates)
-        return self._sampled(logits, rows.sampling, rows.positions[rows.wanted], num_candidates)
+    @torch.inference_mode()
+    def likeliest(self, places: list[Place], num_candidates: int) -> Candidates:
+        """The `num_candidates` likeliest tokens at each place, which may be of different steps."""
+        logits = torch.stack([cast(StepPredictions, step).logits[row] for step, row in places])
+        top = torch.topk(logits.log_softmax(dim=-1), num_candidates, dim=-1)
+        return Candidates(top.indices.cpu().numpy(), top.values.cpu().numpy())
 
     @torch.inference_mode()
     def copy_blocks(self, sources: Int64Array, targets: Int64Array) -> None:
         """Copy whole KV blocks in every layer: sources[i] -> targets[i], both [n]."""
         self._fork_copy(self._to_device(sources), self._to_device(targets))
 
+    def _inputs_of(self, rows: Rows) -> StepInputs:
+        num_rows, num_tokens = len(rows.query_lens), len(rows.tokens)
+        query_start = np.zeros(num_rows + 1, dtype=np.int32)
+        np.cumsum(rows.query_lens, out=query_start[1:])
+        seq_lens = rows.positions[query_start[1:] - 1].astype(np.int32) + 1
+        query_start_cpu, seq_lens_cpu = torch.from_numpy(query_start), torch.from_numpy(seq_lens)
+        positions = self._to_device(rows.positions)
+        slots = torch.empty_like(positions)
+        inputs = StepInputs(
+            tokens=self._to_device(rows.tokens),
+            positions=positions,
+            row_of_token=self._to_device(np.repeat(np.arange(num_rows), rows.query_lens)),
+            slots=slots,
+            slots_by_layer=build_slot_mappings_by_layer(slots[None, :], self.kv_cache_config),
+            attention=CommonAttentionMetadata(
+                query_start_loc=query_start_cpu.to(self.device),
+                query_start_loc_cpu=query_start_cpu,
+                seq_lens=seq_lens_cpu.to(self.device),
+                seq_lens_cpu_upper_bound=seq_lens_cpu,
+                num_reqs=num_rows,
+                num_actual_tokens=num_tokens,
+                max_query_len=int(rows.query_lens.max()),
+                max_seq_len=int(seq_lens.max()),
+                block_table_tensor=self._to_device(rows.block_tables),
+                slot_mapping=slots,
+                positions=positions,
+            ),
+            wanted=self._to_device(rows.wanted) if len(rows.wanted) < num_tokens else None,
+            wanted_positions=rows.positions[rows.wanted],
+            sampling=rows.sampling,
+        )
+        self._find_slots(inputs)
+        return inputs
+
+    def _find_slots(self, inputs: StepInputs) -> None:
+        blocks = inputs.attention.block_table_tensor[inputs.row_of_token, inputs.positions // self.block_size]
+        torch.add(blocks * self.block_size, inputs.positions % self.block_size, out=inputs.slots)
+
+    def _step(self, inputs: StepInputs) -> StepPredictions:
+        metadata = {}
+        for group in self.attn_groups[0]:
+            built = group.build_metadata(inputs.attention)
+            metadata.update(dict.fromkeys(group.layer_names, built))
+        num_tokens = len(inputs.tokens)
+        with set_forward_context(
+            metadata, self.config, num_tokens=num_tokens, slot_mapping=inputs.slots_by_layer
+        ):
+            hidden = self.model(input_ids=inputs.tokens, positions=inputs.positions)
+        if inputs.wanted is not None:
+            hidden = hidden[inputs.wanted]
+        logits = self.model.compute_logits(hidden).float()
+        laws = None
+        if inputs.sampling is None:
+            self._drafts = logits.argmax(dim=-1)
+        else:
+            logits, laws = self._sampled(logits, inputs.sampling, inputs.wanted_positions)
+        return StepPredictions(logits, self._drafts.cpu().numpy(), laws)
+
     def _sampled(
-        self, logits: torch.Tensor, sampling: RowSampling, positions: Int64Array, num_candidates: int
-    ) -> Candidates:
-        """The next drafts at L positions, [L, V], of which some are sampled."""
+        self, logits: torch.Tensor, sampling: RowSampling, positions: Int64Array
+    ) -> tuple[torch.Tensor, Float32Array | None]:
+        """Find drafts at L positions, of which some are sampled.
+
+        Returns:
+            [L, V] what candidates are ranked by, and [L, V] the laws that drafts were drawn from.
+        """
         temperatures = self._to_device(sampling.temperatures)[:, None]
         is_greedy = temperatures == 0
         logits = logits / temperatures.masked_fill(is_greedy, 1.0)
@@ -179,13 +257,14 @@ class DraftEngine:
             self._to_device(sampling.top_p) if (sampling.top_p < 1).any() else None,
         )
         if self._is_coupled:
-            return _likeliest(self._perturbed(logits, is_greedy, sampling, positions), num_candidates)
+            logits = self._perturbed(logits, is_greedy, sampling, positions)
+            self._drafts = logits.argmax(dim=-1)
+            return logits, None
         laws = logits.softmax(dim=-1)
         if self._saguaro_c < 1:
             laws = saguaro(laws, self._saguaro_tokens, self._saguaro_c).where(~is_greedy, laws)
-        drawn = self._perturbed(laws.log(), is_greedy, sampling, positions).argmax(dim=-1)
-        found = _likeliest(logits, num_candidates)
-        return Candidates(found.tokens, found.log_probs, drawn.cpu().numpy(), laws.cpu().numpy())
+        self._drafts = self._perturbed(laws.log(), is_greedy, sampling, positions).argmax(dim=-1)
+        return logits, laws.cpu().numpy()
 
     def _perturbed(
         self, logits: torch.Tensor, is_greedy: torch.Tensor, sampling: RowSampling, positions: Int64Array
@@ -220,11 +299,6 @@ def saguaro(laws: torch.Tensor, num_tokens: int, weight: float) -> torch.Tensor:
     top = laws.topk(min(num_tokens, laws.shape[-1]), dim=-1)
     laws = laws.scatter(-1, top.indices, top.values * weight)
     return laws / laws.sum(dim=-1, keepdim=True)
-
-
-def _likeliest(logits: torch.Tensor, num_candidates: int) -> Candidates:
-    top = torch.topk(logits.log_softmax(dim=-1), num_candidates, dim=-1)
-    return Candidates(top.indices.cpu().numpy(), top.values.cpu().numpy())
 
 
 def _fork_copy(caches: list[torch.Tensor]) -> Callable[[torch.Tensor, torch.Tensor], None]:

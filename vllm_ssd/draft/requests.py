@@ -15,7 +15,7 @@ import numpy.typing as npt
 from vllm_ssd.channel import RoundOutcome, Sampling
 from vllm_ssd.draft.blocks import BlockPool
 from vllm_ssd.draft.branches import BranchGroup, private_block_count
-from vllm_ssd.draft.rows import Candidates
+from vllm_ssd.draft.rows import Candidates, Place
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
@@ -75,7 +75,8 @@ class DraftRequest:
         self.num_confirmed = len(tokens)
         self.groups: list[BranchGroup] = []
         self.num_entries = 0  # branches opened this round
-        # What may follow the confirmed tokens and the first k drafts, for the k known so far.
+        # What may follow the confirmed tokens and the first k drafts, by k: not looked at yet, or read.
+        self.unread: dict[int, Place] = {}
         self.candidates: dict[int, Candidates] = {}
         self._forked: set[int] = set()
         self._pool = pool
@@ -156,7 +157,7 @@ class DraftRequest:
         del self.tokens[self.num_confirmed + k :]
         self.num_computed = min(self.num_computed, len(self.tokens))
         self.num_entries = 0
-        self.candidates = {}
+        self.unread, self.candidates = {}, {}
         self._forked.clear()
         self.awaited = Awaited(k, tokens[k], num_drafts)
         return True
@@ -169,7 +170,7 @@ class DraftRequest:
         return not self.groups or self.groups[0].steps < self.awaited.num_drafts
 
     def rank(self, k: int, token: int) -> int | None:
-        """How many candidates were likelier than the token that ended the round; None if none were known."""
+        """How many candidates were likelier than the token that ended the round; None if none were read."""
         if k not in self.candidates:
             return None
         tokens = self._without_sent(k).tokens.tolist()
@@ -177,8 +178,8 @@ class DraftRequest:
 
     @property
     def can_fork(self) -> bool:
-        """Whether some accepted length has known candidates but no branches yet."""
-        return len(self.candidates) > len(self._forked) and self.awaited is None
+        """Whether some accepted length has been computed but has no branches yet."""
+        return len(self.candidates) + len(self.unread) > len(self._forked) and self.awaited is None
 
     @property
     def can_fork_awaited(self) -> bool:
@@ -306,8 +307,8 @@ class DraftRequest:
         self.tokens[self.num_confirmed :] = outcome.tokens + outcome.drafts
         self.num_confirmed = root + 1
         self.num_computed = min(root + group.steps, len(self.tokens))
-        known = min(group.steps, self.num_sent + 1)
-        self.candidates = {k: group.candidates[k][branch] for k in range(known)}
+        self.unread = {k: group.place(branch, k) for k in range(min(group.steps, self.num_sent + 1))}
+        self.candidates = {}
 
     def _rewind(self, outcome: RoundOutcome) -> None:
         self._release_branches()
@@ -315,7 +316,7 @@ class DraftRequest:
         self.num_confirmed += len(outcome.tokens)
         # What has KV so far agrees up to the last confirmed token, whose logits are wanted anyway.
         self.num_computed = min(self.num_computed, self.num_confirmed - 1)
-        self.candidates = {}
+        self.unread, self.candidates = {}, {}
 
     def _release_branches(self) -> None:
         for group in self.groups:

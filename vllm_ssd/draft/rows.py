@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -34,24 +35,31 @@ class Rows:
     sampling: RowSampling | None = None  # None: all greedy
 
 
+class Predictions(Protocol):
+    """What a step made of its L wanted positions; see `Engine.likeliest` for more than the drafts."""
+
+    @property
+    def drafts(self) -> Int64Array:
+        """[L] the next draft at each position."""
+
+    @property
+    def laws(self) -> Float32Array | None:
+        """[L, V] what the drafts were drawn from; None where they are the likeliest tokens."""
+
+
+class Place(NamedTuple):
+    """One of the wanted positions of a step."""
+
+    predictions: Predictions
+    row: int
+
+
 @dataclass(frozen=True)
 class Candidates:
     """The likeliest next tokens at L positions, most likely first; in coupled rows with the noise added."""
 
     tokens: Int64Array  # [L, num_candidates]
     log_probs: Float32Array  # [L, num_candidates], natural logarithms
-    drawn: Int64Array | None = None  # [L], where drafts are drawn and not the likeliest tokens
-    laws: Float32Array | None = None  # [L, V], what `drawn` was drawn from
 
     def __getitem__(self, rows: int | slice) -> Candidates:
-        return Candidates(
-            self.tokens[rows],
-            self.log_probs[rows],
-            None if self.drawn is None else self.drawn[rows],
-            None if self.laws is None else self.laws[rows],
-        )
-
-    @property
-    def drafts(self) -> Int64Array:
-        """[L] the next draft at each position."""
-        return self.tokens[:, 0] if self.drawn is None else self.drawn
+        return Candidates(self.tokens[rows], self.log_probs[rows])

@@ -8,6 +8,7 @@ accepted length can be forked at once.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Protocol
@@ -34,13 +35,14 @@ from vllm_ssd.draft.blocks import BlockPool
 from vllm_ssd.draft.branches import BranchGroup
 from vllm_ssd.draft.measured import Measured, OutcomeStatistics
 from vllm_ssd.draft.requests import BlockCopies, DraftRequest
-from vllm_ssd.draft.rows import Candidates, Rows, RowSampling
+from vllm_ssd.draft.rows import Candidates, Place, Predictions, Rows, RowSampling
 from vllm_ssd.draft_laws import DraftLaws
 from vllm_ssd.fanout import geometric_fanout, global_fanout, listed_fanout, scale_fanout, uniform_fanout
 from vllm_ssd.noise import draft_seed
 from vllm_ssd.outcome import OutcomeCache
 
 IDLE_POLL_MS = 200
+SPIN_SECONDS = 0.02  # after work, before the draft's core may sleep: waking, and cold caches, cost steps
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -53,7 +55,11 @@ class Engine(Protocol):
     vocab_size: int
     max_model_len: int
 
-    def forward(self, rows: Rows, num_candidates: int) -> Candidates: ...
+    def forward(self, rows: Rows) -> Predictions: ...
+
+    def advance(self) -> Predictions: ...
+
+    def likeliest(self, places: list[Place], num_candidates: int) -> Candidates: ...
 
     def copy_blocks(self, sources: Int64Array, targets: Int64Array) -> None: ...
 
@@ -102,12 +108,14 @@ class DraftServer:
         self._starved: set[int] = set()  # slots that wait for KV blocks
         self._measured = Measured(configure.branch_budget)
         self._recent_step_ns = RunningMean(1e6)
+        self._advancing: list[BranchGroup] = []  # what the last step was made of, if of nothing else
 
     def run(self) -> None:
         """Serve until told to shut down."""
-        busy = False
+        last_busy = -math.inf
         while True:
-            message = self._channel.receive(0 if busy else IDLE_POLL_MS)
+            is_quiet = time.monotonic() - last_busy > SPIN_SECONDS
+            message = self._channel.receive(IDLE_POLL_MS if is_quiet else 0)
             while message is not None:
                 self._counters.add("messages")
                 if isinstance(message, Shutdown):
@@ -115,7 +123,8 @@ class DraftServer:
                 self.handle(message)
                 message = self._channel.receive()
             self._counters.add("heartbeat")
-            busy = self.step()
+            if self.step():
+                last_busy = time.monotonic()
 
     def handle(self, message: ToDraft) -> None:
         """Take in one message; those of an epoch that is over are ignored."""
@@ -149,14 +158,12 @@ class DraftServer:
             groups = self._groups(requests, below=self._depth + 1)  # idle: compute the tips
         if not trunk_rows and not groups:
             return False
-        rows = _build_rows(trunk_rows, groups)
-        candidates = self._engine.forward(rows, self._num_candidates)
-        self._take_in(trunk_rows, groups, candidates)
+        self._take_in(trunk_rows, groups, self._predict(trunk_rows, groups))
         self._counters.add("steps")
-        self._counters.add("rows", len(rows.query_lens))
+        self._counters.add("rows", len(trunk_rows) + sum(len(group) for _, group in groups))
         step_ns = time.perf_counter_ns() - began
         self._counters.add("step_ns", step_ns)
-        if len(rows.tokens) <= len(rows.query_lens) + self._num_drafts:  # no prompt in it
+        if sum(row.num_tokens for row in trunk_rows) <= len(trunk_rows) + self._num_drafts:  # no prompt in it
             self._recent_step_ns.add(min(step_ns, 4 * self._recent_step_ns.value))
             self._counters.set("recent_step_ns", int(self._recent_step_ns.value))
         return True
@@ -217,7 +224,28 @@ class DraftServer:
         """Those of rounds like the request's present one."""
         return self._measured.of(request.verifies_branch, request.sampling.temperature)
 
+    def _predict(
+        self, trunk_rows: list[TrunkRow], groups: list[tuple[DraftRequest, BranchGroup]]
+    ) -> Predictions:
+        """Run the step; the same branches as in the last one only go on."""
+        goes_on = not trunk_rows and [group for _, group in groups] == self._advancing
+        self._advancing = [] if trunk_rows else [group for _, group in groups]
+        return self._engine.advance() if goes_on else self._engine.forward(_build_rows(trunk_rows, groups))
+
+    def _read_candidates(self) -> None:
+        """Those of all positions that are about to be forked, at once."""
+        wanted = [
+            (request, k) for request in self._requests.values() if request.can_fork for k in request.unread
+        ]
+        if not wanted:
+            return
+        places = [request.unread.pop(k) for request, k in wanted]
+        found = self._engine.likeliest(places, self._num_candidates)
+        for index, (request, k) in enumerate(wanted):
+            request.candidates[k] = found[index]
+
     def _fork(self) -> None:
+        self._read_candidates()
         copies = BlockCopies()
         budget = self._branch_budget()
         for request in self._requests.values():
@@ -312,17 +340,17 @@ class DraftServer:
         self,
         trunk_rows: list[TrunkRow],
         groups: list[tuple[DraftRequest, BranchGroup]],
-        candidates: Candidates,
+        predictions: Predictions,
     ) -> None:
         taken = 0
         for row in trunk_rows:
             for k in _wanted_lengths(row):
-                row.request.candidates[k] = candidates[taken]
+                row.request.unread[k] = Place(predictions, taken)
                 taken += 1
             row.request.computed(row.num_tokens)
             self._counters.add("prefill_tokens", row.num_tokens)
         for request, group in groups:
-            tokens = group.advance(candidates[taken : taken + len(group)])
+            tokens = group.advance(predictions, taken)
             taken += len(group)
             if group.steps <= self._num_drafts:
                 self._cache.publish(request.slot, group.first_entry, group.steps - 1, tokens)
