@@ -51,6 +51,7 @@ def _build_server(configure: Configure, channel: Channel):  # type: ignore[no-un
     register()
     engine = DraftEngine(configure)
     engine.warm_up(configure.max_rows)
+    engine.leave_process_groups()
     step_times = measure_line(engine.run_on_scratch_blocks, 1, configure.max_rows)
     cache = OutcomeCache(
         Path(configure.table_dir),

@@ -131,6 +131,15 @@ class DraftEngine:
             self.likeliest([Place(predictions, 0)], num_candidates=2)
         self.copy_blocks(np.array([0]), np.array([1 % self.num_blocks]))
 
+    def leave_process_groups(self) -> None:
+        """Do without torch.distributed from now on, where that is safe: a world of one has nobody to talk to.
+
+        vLLM makes some fourteen groups, and Gloo's thread of each wakes a hundred times a second, on the
+        draft's only core.
+        """
+        if self.device.type == "cpu":
+            torch.distributed.destroy_process_group()
+
     def run_on_scratch_blocks(self, num_rows: int) -> None:
         """One step over so many short rows, before any block is in use."""
         self._run_on_scratch_blocks(num_rows, 1)
