@@ -175,3 +175,39 @@ def test_rounds_on_the_real_engine(model: Model, pair: tuple[Path, Path]) -> Non
     assert target.hits > 10
     assert target.counters["adopted"] > 10
     target.finish()
+
+
+def test_advancing_equals_feeding_the_drafts(model: Model) -> None:
+    """Over the end of a block, too, and with the rows at different lengths."""
+    engine = model.engine
+    rows = [(tokens_of(60, 30), [1, 2]), (tokens_of(61, 9), [3, 4]), (tokens_of(62, 31), [5, 6])]
+    for tokens, blocks in rows:
+        model.run((tokens, 0, blocks))
+    chains = [[7], [8], [9]]
+    for step in range(K):
+        if step == 0:
+            model.run(*[([7 + row], len(tokens), blocks) for row, (tokens, blocks) in enumerate(rows)])
+            drafts = model.logits.argmax(dim=-1).numpy()
+        else:
+            drafts = engine.advance().drafts
+        for chain, draft in zip(chains, drafts.tolist(), strict=True):
+            chain.append(draft)
+    for row, ((tokens, _), chain) in enumerate(zip(rows, chains, strict=True)):
+        _, fresh = model.run((tokens + chain[:-1], 0, [40, 41, 42, 43]))
+        assert chain[-1] == fresh[0].argmax(), row
+
+
+def test_it_computes_on_without_process_groups(model: Model) -> None:
+    """The last test here: the groups do not come back."""
+    request = (tokens_of(70, 20), 0, [1])
+    _, before = model.run(request)
+    threads = num_gloo_threads()
+    model.engine.leave_process_groups()
+    _, after = model.run(request)
+    assert torch.equal(before, after)
+    assert num_gloo_threads() <= threads - 10
+
+
+def num_gloo_threads() -> int:
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return names.count("gloo_tcp_loop")

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from target import VOCAB, Setup, Target, prompt
+from toy import ToyEngine
 
 from vllm_ssd.channel import Outcomes, Reset, RoundOutcome, Stop
 from vllm_ssd.fanout import listed_fanout, uniform_fanout
@@ -47,6 +48,24 @@ def test_every_accepted_length_gets_its_branches(num_drafts: int, fanout: str) -
     assert target.counters["adopted"] == 10
     # A hit recomputes nothing: after the prompt the trunk is computed by the branches themselves.
     assert target.counters["prefill_tokens"] == 10
+    target.finish()
+
+
+def test_steps_of_the_same_branches_only_advance() -> None:
+    target = Target(Setup())
+    engine = target.engine
+    assert isinstance(engine, ToyEngine)
+    target.start(0, prompt(random.Random(0), 10))
+    target.settle()
+    # The prompt, the branches' first step, and then, up to the tips, what the step before leads to.
+    assert (len(engine.row_counts), engine.num_advances) == (
+        2 + target.setup.num_drafts,
+        target.setup.num_drafts,
+    )
+    target.start(1, prompt(random.Random(1), 10))
+    target.step()
+    assert engine.num_advances == target.setup.num_drafts  # a trunk is in this one
+    target.settle()
     target.finish()
 
 

@@ -34,7 +34,7 @@ from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
 from vllm.v1.worker.workspace import init_workspace_manager
 
 from vllm_ssd.channel import Configure
-from vllm_ssd.compat import kv_cache_config, supported_kv_cache_layouts
+from vllm_ssd.compat import kv_cache_config, leave_process_groups, supported_kv_cache_layouts
 from vllm_ssd.draft.rows import Candidates, Place, Rows, RowSampling
 from vllm_ssd.noise import RecentNoise
 
@@ -132,13 +132,9 @@ class DraftEngine:
         self.copy_blocks(np.array([0]), np.array([1 % self.num_blocks]))
 
     def leave_process_groups(self) -> None:
-        """Do without torch.distributed from now on, where that is safe: a world of one has nobody to talk to.
-
-        vLLM makes some fourteen groups, and Gloo's thread of each wakes a hundred times a second, on the
-        draft's only core.
-        """
-        if self.device.type == "cpu":
-            torch.distributed.destroy_process_group()
+        """End what only costs time in a world of one, once nothing is compiled any more."""
+        if self.device.type == "cpu":  # where the draft has few cores
+            leave_process_groups()
 
     def run_on_scratch_blocks(self, num_rows: int) -> None:
         """One step over so many short rows, before any block is in use."""
