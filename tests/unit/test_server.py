@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from target import VOCAB, Setup, Target, prompt
 from toy import ToyEngine
 
-from vllm_ssd.channel import Outcomes, Reset, RoundOutcome, Stop
+from vllm_ssd.channel import Outcomes, Reset, RoundOutcome, Shutdown, Stop
 from vllm_ssd.fanout import listed_fanout, uniform_fanout
 from vllm_ssd.outcome import EPOCH, Outcome
 
@@ -431,4 +431,29 @@ def test_the_target_may_want_less() -> None:
         lengths = {len(drafts) for _, _, drafts in target.published(0)}
         assert lengths <= {num_drafts, num_drafts + 1}  # the step for the tips yields one more
     assert target.hits >= 4
+    target.finish()
+
+
+class ScriptedChannel:
+    """Two quiet looks for news, then the end."""
+
+    def __init__(self) -> None:
+        self.waits: list[int] = []
+
+    def receive(self, timeout_ms: int = 0) -> Shutdown | None:
+        self.waits.append(timeout_ms)
+        return Shutdown() if len(self.waits) == 3 else None
+
+
+@pytest.mark.parametrize(("seconds", "waits"), [(1e9, [200, 0, 0]), (-1.0, [200, 200, 200])])
+def test_after_work_it_looks_for_news_before_it_sleeps(
+    seconds: float, waits: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_ssd.draft.server.SPIN_SECONDS", seconds)
+    target, channel = Target(Setup()), ScriptedChannel()
+    target.server._channel = channel  # type: ignore[assignment]
+    target.start(0, prompt(random.Random(0), 3))
+    target.server.run()
+    assert channel.waits == waits
+    target.stop(0)
     target.finish()
