@@ -307,8 +307,8 @@ def kv_cache_config(vllm_config: Any, specs: dict[str, Any], memory_bytes: int) 
 def leave_process_groups() -> None:
     """End the communication of a process that is a world of its own.
 
-    Why: vLLM makes some fourteen Gloo contexts even then, whose threads each wake a hundred times a second, on
-    the draft's only core. The coordinators stay; with one rank they pass everything on.
+    Why: vLLM makes some fourteen Gloo contexts even then, and each has a thread that wakes a hundred times a
+    second, on the draft's only core. The coordinators stay; with one rank they pass everything on.
     Goes when vLLM makes no groups for a world of one. Upstream: `vllm.distributed.parallel_state._groups`.
     """
     from vllm.distributed import parallel_state
