@@ -30,7 +30,7 @@ class BranchGroup:
     num_shared: list[int]  # [n] leading blocks that belong to the trunk
     private_blocks: list[list[int]]  # [n] the branch's own blocks, after the shared ones
     steps: int = 0
-    tips: list[Place] = field(default_factory=list)  # per step, what it says of the first of the n rows
+    predicted: list[Place] = field(default_factory=list)  # per step: the place of the first of the n rows
 
     def __len__(self) -> int:
         return len(self.ks)
@@ -48,14 +48,14 @@ class BranchGroup:
     def advance(self, predictions: Predictions, first: int) -> Int64Array:
         """Take in a step whose rows from `first` on are this group's; returns the new draft tokens [n]."""
         drafts = predictions.drafts[first : first + len(self)]
-        self.tips.append(Place(predictions, first))
+        self.predicted.append(Place(predictions, first))
         self.steps += 1
         self.chains[:, self.steps] = drafts
         return drafts
 
     def place(self, branch: int, step: int) -> Place:
         """What a step said of a branch."""
-        predictions, first = self.tips[step]
+        predictions, first = self.predicted[step]
         return Place(predictions, first + branch)
 
     def laws(self, branch: int, num_drafts: int) -> list[Float32Array]:
