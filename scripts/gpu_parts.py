@@ -29,6 +29,7 @@ class Sizes:
 
 LLAMA_1B = "layers=16,hidden=2048,heads=32,kv_heads=8,head_dim=64,intermediate=8192,vocab=128256"
 LLAMA_8B = "layers=32,hidden=4096,heads=32,kv_heads=8,head_dim=128,intermediate=14336,vocab=128256"
+DRAFT_STEPS = 5  # K of the draft round that is timed
 REAL = Sizes(
     targets={
         "Llama-3.1-8B": LLAMA_8B,
@@ -275,7 +276,7 @@ def draft_one(sizes: Sizes, out: Path, dry: bool, name: str, shape: str, mode: s
             device="cuda:0" if DEVICE == "cuda" else "cpu",
             cores=[0],
             vocab_size=0,
-            num_speculative_tokens=5,
+            num_speculative_tokens=DRAFT_STEPS,
             fanout="global",
             branch_budget=most,
             max_slots=1,
@@ -295,6 +296,13 @@ def draft_one(sizes: Sizes, out: Path, dry: bool, name: str, shape: str, mode: s
         if "embed_tokens" not in name
     )
     floor = 1000 * weights / bandwidth()
+
+    def round_of(num_rows: int) -> None:
+        """The steps of a round, without forks."""
+        engine.run_on_scratch_blocks(num_rows)
+        for _ in range(DRAFT_STEPS - 1):
+            engine.advance()
+
     return [
         {
             "draft": name,
@@ -302,6 +310,8 @@ def draft_one(sizes: Sizes, out: Path, dry: bool, name: str, shape: str, mode: s
             "rows": rows,
             "milliseconds": 1000 * device_seconds(lambda n=rows: engine.run_on_scratch_blocks(n), 9),
             "floor_milliseconds": floor,
+            "round_milliseconds": 1000 * device_seconds(lambda n=rows: round_of(n), 9),
+            "round_floor_milliseconds": DRAFT_STEPS * floor,
         }
         for rows in sizes.draft_rows
     ]
