@@ -238,6 +238,7 @@ def watch_histories(worker: Any) -> None:
     stock = speculator.remove
 
     def remove(request_id: str) -> None:
+        speculator.proposed()  # its last round is taken in: else it may leave before the thread has seen that
         if request_id in speculator._histories:
             speculator.watched.append(speculator.history(request_id))
         stock(request_id)
