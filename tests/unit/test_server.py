@@ -8,9 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from target import VOCAB, Setup, Target, prompt
-from toy import ToyEngine
 
-from vllm_ssd.channel import Outcomes, Reset, RoundOutcome, Shutdown, Stop
+from vllm_ssd.channel import Outcomes, Reset, RoundOutcome, Stop
 from vllm_ssd.fanout import listed_fanout, uniform_fanout
 from vllm_ssd.outcome import EPOCH, Outcome
 
@@ -48,24 +47,6 @@ def test_every_accepted_length_gets_its_branches(num_drafts: int, fanout: str) -
     assert target.counters["adopted"] == 10
     # A hit recomputes nothing: after the prompt the trunk is computed by the branches themselves.
     assert target.counters["prefill_tokens"] == 10
-    target.finish()
-
-
-def test_steps_of_the_same_branches_only_advance() -> None:
-    target = Target(Setup())
-    engine = target.engine
-    assert isinstance(engine, ToyEngine)
-    target.start(0, prompt(random.Random(0), 10))
-    target.settle()
-    # The prompt, the branches' first step, and then, up to the tips, what the step before leads to.
-    assert (len(engine.row_counts), engine.num_advances) == (
-        2 + target.setup.num_drafts,
-        target.setup.num_drafts,
-    )
-    target.start(1, prompt(random.Random(1), 10))
-    target.step()
-    assert engine.num_advances == target.setup.num_drafts  # a trunk is in this one
-    target.settle()
     target.finish()
 
 
@@ -431,29 +412,4 @@ def test_the_target_may_want_less() -> None:
         lengths = {len(drafts) for _, _, drafts in target.published(0)}
         assert lengths <= {num_drafts, num_drafts + 1}  # the step for the tips yields one more
     assert target.hits >= 4
-    target.finish()
-
-
-class ScriptedChannel:
-    """Two quiet looks for news, then the end."""
-
-    def __init__(self) -> None:
-        self.waits: list[int] = []
-
-    def receive(self, timeout_ms: int = 0) -> Shutdown | None:
-        self.waits.append(timeout_ms)
-        return Shutdown() if len(self.waits) == 3 else None
-
-
-@pytest.mark.parametrize(("seconds", "waits"), [(1e9, [200, 0, 0]), (-1.0, [200, 200, 200])])
-def test_after_work_it_looks_for_news_before_it_sleeps(
-    seconds: float, waits: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("vllm_ssd.draft.server.SPIN_SECONDS", seconds)
-    target, channel = Target(Setup()), ScriptedChannel()
-    target.server._channel = channel  # type: ignore[assignment]
-    target.start(0, prompt(random.Random(0), 3))
-    target.server.run()
-    assert channel.waits == waits
-    target.stop(0)
     target.finish()

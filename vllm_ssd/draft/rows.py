@@ -61,5 +61,5 @@ class Candidates:
     tokens: Int64Array  # [L, num_candidates]
     log_probs: Float32Array  # [L, num_candidates], natural logarithms
 
-    def __getitem__(self, rows: int | slice) -> Candidates:
-        return Candidates(self.tokens[rows], self.log_probs[rows])
+    def __getitem__(self, row: int) -> Candidates:
+        return Candidates(self.tokens[row], self.log_probs[row])

@@ -42,7 +42,7 @@ from vllm_ssd.noise import draft_seed
 from vllm_ssd.outcome import OutcomeCache
 
 IDLE_POLL_MS = 200
-SPIN_SECONDS = 0.02  # after work, before the draft's core may sleep: waking, and cold caches, cost steps
+SPIN_SECONDS = 0.02  # after work, before the draft's core may sleep: with cold caches steps are slow
 
 Int64Array = npt.NDArray[np.int64]
 
