@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field
 from vllm.config.speculative import SpeculativeConfig
 from vllm.config.utils import config
@@ -30,6 +31,8 @@ _FIXED_OPTIONS: dict[str, Any] = {
     "moe_backend": None,
     "attention_backend": None,
 }
+# Of the target's kinds of parallelism, those that SSD does not know.
+_ONE_OF_EACH = ("pipeline_parallel_size", "data_parallel_size", "prefill_context_parallel_size")
 
 
 @config
@@ -87,6 +90,7 @@ class SSDSpeculativeConfig(SpeculativeConfig):
 
     def __post_init__(self) -> None:
         _refuse_foreign_options(self)
+        self.draft_tensor_parallel_size = 1  # where the target has more, vLLM would give the draft as many
         with _presented_as_draft_model(self):
             super().__post_init__()
         _check_platform(self)
@@ -125,7 +129,7 @@ def create_ssd_config(engine_args: Any, target_model_config: Any, target_paralle
     if current_platform.is_cpu():
         target_parallel_config.worker_cls = "vllm_ssd.worker_cpu.SSDWorker"
         engine_args.async_scheduling = False  # the V1 runner hands async drafters an empty list of tokens
-        _leave_cores_to_draft(ssd.draft_cores)
+        _leave_cores_to_draft(ssd.draft_cores, target_parallel_config.world_size)
     else:
         target_parallel_config.worker_cls = "vllm_ssd.worker_cuda.SSDWorker"
         if ssd.ssd_planner:
@@ -187,17 +191,17 @@ def _refuse_foreign_options(ssd: SSDSpeculativeConfig) -> None:
         value = getattr(ssd, name, only)
         if value != only:
             raise ValueError(f"method 'ssd' does not support {name}={value!r}; remove it")
+    if ssd.draft_tensor_parallel_size not in (None, 1):
+        raise ValueError("the draft runs on one device; remove draft_tensor_parallel_size")
 
 
 def _check_platform(ssd: SSDSpeculativeConfig) -> None:
     if not current_platform.is_cpu() and not current_platform.is_cuda():
         raise ValueError("this version of method 'ssd' runs on CUDA and on the CPU only")
     parallel = ssd.target_parallel_config
-    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+    for name in _ONE_OF_EACH:
         if getattr(parallel, name) != 1:
             raise ValueError(f"this version of method 'ssd' needs {name}=1, not {getattr(parallel, name)}")
-    if ssd.draft_tensor_parallel_size not in (None, 1):
-        raise ValueError("the draft runs on one device; remove draft_tensor_parallel_size")
 
 
 def _check_models(ssd: SSDSpeculativeConfig) -> None:
@@ -286,11 +290,17 @@ def _target_cores() -> set[int]:
     return {core for part in binding.split("|") for core in parse_cores(part)}
 
 
-def _leave_cores_to_draft(draft_cores: list[int]) -> None:
-    """Bind the target to the remaining cores unless the user bound it: sharing one core with the draft, or
-    OpenMP threads of both on all cores, is many times slower than no speculation at all."""
+def _leave_cores_to_draft(draft_cores: list[int], num_ranks: int) -> None:
+    """Bind the target's ranks to the remaining cores unless the user bound them: sharing one core with the
+    draft, or OpenMP threads of both on all cores, is many times slower than no speculation at all."""
     if os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto") != "auto":
         return
     rest = sorted(os.sched_getaffinity(0) - set(draft_cores))
+    if len(rest) < num_ranks > 1:
+        raise ValueError(
+            f"{num_ranks} ranks of the target need a core each beside the draft's, and {len(rest)} are left; "
+            "set VLLM_CPU_OMP_THREADS_BIND, such as '0|1', to let them share"
+        )
     if rest:
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = _format_cores(rest)
+        shares = [_format_cores(share.tolist()) for share in np.array_split(rest, num_ranks)]
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(shares)

@@ -20,6 +20,7 @@ from vllm_ssd.coupled import coupled_sampling
 from vllm_ssd.draft_laws import DraftLaw, PointMass
 from vllm_ssd.noise import wrapped_to_int64
 from vllm_ssd.proposer import GREEDY, DraftLink, Proposer
+from vllm_ssd.ranks import Follower, shared_laws
 from vllm_ssd.ratio import ratio_sampling
 from vllm_ssd.verification import Places
 
@@ -34,16 +35,18 @@ class NoDrafter:
 class SSDModelRunner(CPUModelRunner):
     """vLLM's runner, with the proposer told of requests and asked for drafts."""
 
-    proposer: Proposer
+    proposer: Proposer | Follower
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         with compat.no_stock_drafter(vllm_config.speculative_config, NoDrafter()):
             super().__init__(vllm_config, device)
+        self.proposer = Follower()
+        self._new_seeds = torch.Generator().manual_seed(vllm_config.model_config.seed)  # alike on all ranks
         self._is_coupled = vllm_config.speculative_config.ssd_verify == "coupled"
         self._seeds: dict[str, int] = {}  # of the requests that are sampled
 
     def connect(self, proposer: Proposer, link: DraftLink, counters: Counters) -> None:
-        """Give the runner its half of the rounds; before the first request."""
+        """Let this runner lead: give it its half of the rounds, before the first request."""
         self.proposer = proposer
 
     def close(self) -> None:
@@ -85,7 +88,7 @@ class SSDModelRunner(CPUModelRunner):
         if params is not None and params.seed is not None:
             return wrapped_to_int64(params.seed)  # Python's generators take any integer, tensors do not
         if request_id not in self._seeds:
-            self._seeds[request_id] = int(torch.randint(2**63 - 1, ()))
+            self._seeds[request_id] = int(torch.randint(2**63 - 1, (), generator=self._new_seeds))
         return self._seeds[request_id]
 
     def _sample(
@@ -117,10 +120,11 @@ class SSDModelRunner(CPUModelRunner):
     def _laws(self, num_drafts: list[int]) -> list[DraftLaw]:
         """What each row's drafts were drawn from."""
         request_ids = self.input_batch.req_ids
+        laws = shared_laws(self.proposer.laws(request_ids, num_drafts))
         # A grammar drops drafts that it forbids, so that which drafts are verified depends on what was drawn.
         return [
             PointMass() if self._has_grammar(request_id) else law
-            for request_id, law in zip(request_ids, self.proposer.laws(request_ids, num_drafts), strict=True)
+            for request_id, law in zip(request_ids, laws, strict=True)
         ]
 
     def _has_grammar(self, request_id: str) -> bool:

@@ -27,6 +27,7 @@ from vllm_ssd.coupled import longest_agreement
 from vllm_ssd.deferred import DeferredRounds
 from vllm_ssd.draft_laws import PointMass
 from vllm_ssd.proposer import GREEDY, DraftLink, Proposer
+from vllm_ssd.ranks import Follower, share_rows, shared_drafts
 from vllm_ssd.ratio import law_as_logits
 
 
@@ -38,10 +39,11 @@ class SSDSpeculator(BaseSpeculator):
     """
 
     supports_mm_inputs = False
-    proposer: Proposer
+    proposer: Proposer | Follower
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         ssd = vllm_config.speculative_config
+        self.proposer = Follower()
         self._max_num_reqs = vllm_config.scheduler_config.max_num_seqs
         self._device = device
         self._most_drafts: int = ssd.num_speculative_tokens
@@ -59,7 +61,7 @@ class SSDSpeculator(BaseSpeculator):
         self._proposed: tuple[Sequence[str], list[list[int]]] = ([], [])
 
     def connect(self, proposer: Proposer, link: DraftLink, counters: Counters) -> None:
-        """The draft's link and the host's half of the rounds, before the first request."""
+        """Lead: with the draft's link and the host's half of the rounds, before the first request."""
         self.proposer = proposer
         if self._can_defer:
             self._deferred = DeferredRounds(
@@ -129,20 +131,20 @@ class SSDSpeculator(BaseSpeculator):
         **kwargs: Any,
     ) -> Tensor:
         """[B, K] drafts for the next verification of each row, filled up."""
+        request_ids, slots = input_batch.req_ids, input_batch.idx_mapping
         if dummy_run:
-            return torch.zeros(
-                input_batch.num_reqs, self._most_drafts, dtype=torch.int64, device=self._device
-            )
-        slots = input_batch.idx_mapping
-        if self._deferred is not None:
+            return self._no_drafts(len(request_ids))[0]
+        if isinstance(self.proposer, Follower):
+            drafts, num_drafts = self._no_drafts(len(request_ids))
+        elif self._deferred is not None:
             drafts, num_drafts = self._deferred.propose(
-                input_batch.req_ids, slots.long(), num_sampled, last_sampled[:, 0]
+                request_ids, slots.long(), num_sampled, last_sampled[:, 0]
             )
         else:
             drafts, num_drafts = self._propose_on_host(
-                input_batch.req_ids, num_sampled.tolist(), last_sampled[slots, 0].tolist()
+                request_ids, num_sampled.tolist(), last_sampled[slots, 0].tolist()
             )
-        self.num_drafts[slots] = num_drafts
+        drafts, self.num_drafts[slots] = shared_drafts(drafts, num_drafts)
         return drafts
 
     def load_laws(self, input_batch: InputBatch, temperatures: Any) -> None:
@@ -163,6 +165,7 @@ class SSDSpeculator(BaseSpeculator):
                 law = PointMass()
             logits = law_as_logits(law, tokens, float(temperatures[slot]), self.draft_logits.shape[-1])
             self.draft_logits[slot, : len(tokens)] = async_tensor_h2d(logits, device=self._device)
+        share_rows(self.draft_logits, input_batch.idx_mapping)
 
     def new_tokens(
         self, request_ids: Sequence[str], counts: Sequence[int], last: Sequence[int]
@@ -180,6 +183,11 @@ class SSDSpeculator(BaseSpeculator):
         for request_id, tokens in zip(request_ids, sampled, strict=True):
             if tokens:
                 self._histories[request_id].extend(tokens)
+
+    def _no_drafts(self, num_rows: int) -> tuple[Tensor, Tensor]:
+        """[B, K] of filling, and [B] zeros."""
+        filling = torch.zeros(num_rows, self._most_drafts, dtype=torch.int64, device=self._device)
+        return filling, torch.zeros(num_rows, dtype=torch.int32, device=self._device)
 
     def _propose_on_host(
         self, request_ids: Sequence[str], counts: list[int], last: list[int]
@@ -301,11 +309,6 @@ class SSDModelRunnerV2(GPUModelRunner):
     def close(self) -> None:
         """End what runs beside the runner."""
         self.speculator.close()
-
-    @property
-    def proposer(self) -> Proposer:
-        """The target's half of the rounds."""
-        return self.speculator.proposer
 
     def token_history(self, request_id: str) -> list[int]:
         """The request's tokens so far, prompt and output."""

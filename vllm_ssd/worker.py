@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from vllm.config import VllmConfig
+from vllm.distributed import get_world_group
 from vllm.logger import init_logger
 
 from vllm_ssd import compat
@@ -31,6 +32,7 @@ from vllm_ssd.fallback import (
 )
 from vllm_ssd.planner import FixedPlan, Plan, Planner, RoundPlanner
 from vllm_ssd.proposer import Proposer
+from vllm_ssd.ranks import leads
 from vllm_ssd.shared import SharedFolder
 from vllm_ssd.speed_model import StepTimes, measure_line
 from vllm_ssd.supervisor import DraftSupervisor
@@ -49,50 +51,27 @@ class DraftHost:
     """
 
     vllm_config: VllmConfig
+    rank: int
     model_runner: Any
+    _draft: TargetsDraft | None = None  # None on the ranks that follow (`ranks`)
 
     def start_draft(self) -> None:
-        """Start the draft process; nothing waits for it yet."""
-        ssd = self.vllm_config.speculative_config
-        assert isinstance(ssd, SSDSpeculativeConfig)
-        assert ssd.ssd_shared_dir is not None
-        folder = SharedFolder(Path(ssd.ssd_shared_dir))
-        self._shared_dir = folder.path
-        fields = target_fields(ssd.num_speculative_tokens)
-        self._counters = Counters(self._shared_dir / TARGET_COUNTERS_FILE, fields, create=True)
-        self._supervisor = DraftSupervisor(
-            _configure(ssd, self.vllm_config),
-            self._counters,
-            ssd.ssd_ready_timeout,
-            ssd.ssd_stall_timeout,
-            ssd.ssd_max_restarts,
-        )
-        # Also where nobody calls shutdown: an engine that fails to start, or is dropped in-process.
-        self._to_close: list[Callable[[], None]] = []
-        self._stop_draft = weakref.finalize(self, _stop_draft, self._to_close, self._supervisor, folder)
+        """Start the draft process on the rank that leads; nothing waits for it yet."""
+        if leads(self.vllm_config.parallel_config, self.rank):
+            self._draft = TargetsDraft(self.vllm_config)
+            # Also where nobody calls shutdown: an engine that fails to start, or is dropped in-process.
+            self._stop_draft = weakref.finalize(self, self._draft.close)
 
     def connect(self) -> None:
         """Give the model runner its proposer."""
-        ssd = self.vllm_config.speculative_config
-        costs, history = Costs(), self.model_runner.token_history
-        self._planner: RoundPlanner = FixedPlan(Plan(ssd.num_speculative_tokens, ssd.ssd_branch_budget))
-        proposer = Proposer(
-            self._supervisor,
-            self.vllm_config.scheduler_config.max_num_seqs,
-            _fallback(ssd, costs, history, self.vllm_config.model_config.max_model_len),
-            costs,
-            history,
-            self._counters,
-            self._planner,
-            ssd.ssd_wait_ms / 1000,
-        )
-        self._costs = costs
-        self.model_runner.connect(proposer, self._supervisor, self._counters)
-        self._to_close.append(self.model_runner.close)
+        if self._draft is not None:
+            self._draft.connect(self.model_runner)
 
     def determine_available_memory(self) -> int:
-        """Size the target's KV cache once the draft has taken its memory."""
-        self._supervisor.await_ready()
+        """Size the target's KV cache once the draft has taken its memory, be it on another rank's device."""
+        if self._draft is not None:
+            self._draft.supervisor.await_ready()
+        get_world_group().barrier()
         return super().determine_available_memory()  # type: ignore[misc]
 
     def compile_or_warm_up_model(self) -> Any:
@@ -102,23 +81,15 @@ class DraftHost:
         if ssd.ssd_planner:
             batch = min(8, self.vllm_config.scheduler_config.max_num_seqs)
             most_tokens = (ssd.num_speculative_tokens + 1) * batch
-            target_times = measure_line(self.model_runner.time_step, 1, most_tokens)
-            times = StepTimes(*target_times, *self._supervisor.step_times)
-            logger.info("SSD planner: %s", times)
-            supervisor = self._supervisor  # a reference to this worker would keep it in memory
-            self._planner = self.model_runner.proposer.planner = Planner(
-                ssd.num_speculative_tokens,
-                ssd.ssd_branch_budget,
-                ssd.ssd_max_rows,
-                times,
-                self._costs,
-                lambda: supervisor.step_seconds,
-            )
+            target_times = measure_line(self.model_runner.time_step, 1, most_tokens)  # on all ranks at once
+            if self._draft is not None:
+                self._draft.plan_rounds(target_times)
         return warmed_up
 
     def shutdown(self) -> None:
         """Stop the draft, then the worker."""
-        self._stop_draft()
+        if self._draft is not None:
+            self._stop_draft()
         super().shutdown()  # type: ignore[misc]
 
     def ssd_plan(self, num_drafts: int | None = None, branch_budget: int = 0) -> None:
@@ -126,25 +97,96 @@ class DraftHost:
 
         For `LLM.collective_rpc("ssd_plan", args=(3, 8))`.
         """
-        proposer = self.model_runner.proposer
-        proposer.planner = self._planner if num_drafts is None else FixedPlan(Plan(num_drafts, branch_budget))
+        if self._draft is not None:
+            plan = None if num_drafts is None else FixedPlan(Plan(num_drafts, branch_budget))
+            self._draft.set_plan(plan)
 
     def ssd_stats(self) -> dict[str, Any]:
-        """All counters of both halves; for `LLM.collective_rpc("ssd_stats")`."""
-        draft = Counters(self._shared_dir / DRAFT_COUNTERS_FILE, DRAFT_FIELDS, create=False)
+        """All counters of both halves; empty on ranks that follow. For `LLM.collective_rpc("ssd_stats")`."""
+        return {} if self._draft is None else self._draft.stats()
+
+
+class TargetsDraft:
+    """The draft of a target, on the one rank that talks to it: its process, and the proposer that asks it.
+
+    Args:
+        vllm_config: the target's. The draft process starts at once; nothing waits for it yet.
+    """
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        ssd = vllm_config.speculative_config
+        assert isinstance(ssd, SSDSpeculativeConfig)
+        assert ssd.ssd_shared_dir is not None
+        self._vllm_config, self._ssd = vllm_config, ssd
+        self._folder = SharedFolder(Path(ssd.ssd_shared_dir))
+        fields = target_fields(ssd.num_speculative_tokens)
+        self._counters = Counters(self._folder.path / TARGET_COUNTERS_FILE, fields, create=True)
+        self.supervisor = DraftSupervisor(
+            _configure(ssd, vllm_config),
+            self._counters,
+            ssd.ssd_ready_timeout,
+            ssd.ssd_stall_timeout,
+            ssd.ssd_max_restarts,
+        )
+        self._costs = Costs()
+        self._planner: RoundPlanner = FixedPlan(Plan(ssd.num_speculative_tokens, ssd.ssd_branch_budget))
+        self._proposer: Proposer | None = None
+        self._close_runner: Callable[[], None] | None = None
+
+    def connect(self, model_runner: Any) -> None:
+        """Give the model runner its proposer."""
+        ssd, history = self._ssd, model_runner.token_history
+        self._proposer = Proposer(
+            self.supervisor,
+            self._vllm_config.scheduler_config.max_num_seqs,
+            _fallback(ssd, self._costs, history, self._vllm_config.model_config.max_model_len),
+            self._costs,
+            history,
+            self._counters,
+            self._planner,
+            ssd.ssd_wait_ms / 1000,
+        )
+        model_runner.connect(self._proposer, self.supervisor, self._counters)
+        self._close_runner = model_runner.close
+
+    def plan_rounds(self, target_times: tuple[float, float]) -> None:
+        """Choose K and the branch budget by what a step of the target takes, and one of the draft.
+
+        Args:
+            target_times: seconds of a step over nothing, and of each further token.
+        """
+        ssd = self._ssd
+        times = StepTimes(*target_times, *self.supervisor.step_times)
+        logger.info("SSD planner: %s", times)
+        self._planner = Planner(
+            ssd.num_speculative_tokens,
+            ssd.ssd_branch_budget,
+            ssd.ssd_max_rows,
+            times,
+            self._costs,
+            lambda: self.supervisor.step_seconds,
+        )
+        self.set_plan(None)
+
+    def set_plan(self, plan: FixedPlan | None) -> None:
+        """Fix K and the branch budget from now on, or undo it."""
+        assert self._proposer is not None
+        self._proposer.planner = plan or self._planner
+
+    def stats(self) -> dict[str, Any]:
+        """All counters of both halves."""
+        draft = Counters(self._folder.path / DRAFT_COUNTERS_FILE, DRAFT_FIELDS, create=False)
         return {
             **self._counters.as_dict(),
-            "draft": {"pid": self._supervisor.pid, "state": self._supervisor.state.value, **draft.as_dict()},
+            "draft": {"pid": self.supervisor.pid, "state": self.supervisor.state.value, **draft.as_dict()},
         }
 
-
-def _stop_draft(
-    to_close: list[Callable[[], None]], supervisor: DraftSupervisor, folder: SharedFolder
-) -> None:
-    for close in to_close:  # first, since they may be talking to the draft
-        close()
-    supervisor.close()
-    folder.remove()
+    def close(self) -> None:
+        """Stop the draft and remove what was shared; once."""
+        if self._close_runner is not None:
+            self._close_runner()  # first, since it may be talking to the draft
+        self.supervisor.close()
+        self._folder.remove()
 
 
 def _configure(ssd: SSDSpeculativeConfig, vllm_config: VllmConfig) -> Configure:

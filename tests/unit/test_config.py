@@ -15,6 +15,7 @@ import vllm_ssd
 
 Pair = tuple[Path, Path]
 NO_CORE = 4096
+TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -174,9 +175,24 @@ def test_a_worker_of_ones_own(pair: Pair) -> None:
     assert_one_line(refusal(pair, {"worker_cls": "my.Worker"}), "worker_cls", "my.Worker", "remove")
 
 
-@pytest.mark.parametrize("option", ["tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"])
-def test_a_target_on_several_devices(pair: Pair, option: str) -> None:
+@pytest.mark.parametrize("option", ["pipeline_parallel_size", "data_parallel_size"])
+def test_kinds_of_parallel_targets_that_are_not_known(pair: Pair, option: str) -> None:
     assert_one_line(refusal(pair, {option: 2, "distributed_executor_backend": "mp"}), f"{option}=1", "2")
+
+
+def test_a_tensor_parallel_target(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 5, 7})
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "auto")
+    config = create(pair, TWO_RANKS)
+    assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "0,1,2|3,5"
+    assert config.speculative_config.draft_cores == [7]
+    assert config.speculative_config.draft_parallel_config.tensor_parallel_size == 1
+
+
+def test_a_tensor_parallel_target_with_too_few_cores(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "auto")
+    assert_one_line(refusal(pair, TWO_RANKS), "2 ranks", "1 are left", "VLLM_CPU_OMP_THREADS_BIND")
 
 
 def test_a_draft_that_vllm_takes_for_eagle(pair: Pair, tmp_path: Path) -> None:

@@ -1,0 +1,95 @@
+"""A target on two ranks: they hold the same tokens whatever the draft does, and those without speculation."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import Engines, generate, give_draft_time, greedy_params, is_running, ssd, stats
+
+pytestmark = pytest.mark.timeout(300)
+
+RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "max_num_seqs": 4}
+PATIENCE_S = 60.0
+
+
+@pytest.fixture(autouse=True)
+def one_core_each(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The draft shares one with a rank where there are but two: slow, and what is tested is not speed."""
+    cores = sorted(os.sched_getaffinity(0))
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
+    yield
+
+
+def prompts() -> list[list[int]]:
+    rng = random.Random(5)
+    return [[rng.randrange(2, 512) for _ in range(rng.randint(1, 90))] for _ in range(12)]
+
+
+def sampled() -> list[Any]:
+    """Requests with and without a seed, and greedy ones between them."""
+    from vllm import SamplingParams
+
+    kinds: list[dict[str, Any]] = [{"seed": 7}, {}, {"temperature": 0.0}, {"top_k": 20, "seed": 8}]
+    return [
+        SamplingParams(**{"temperature": 1.0, "max_tokens": 24, "ignore_eos": True, **kinds[i % len(kinds)]})
+        for i in range(12)
+    ]
+
+
+def tokens_in_batch(worker: Any) -> list[list[int]]:
+    """What this rank took the tokens of the last requests to be."""
+    batch = worker.model_runner.input_batch
+    rows = zip(batch.token_ids_cpu, batch.num_tokens_no_spec, strict=True)
+    return [row[:count].tolist() for row, count in rows]
+
+
+def assert_ranks_agree(llm: Any) -> None:
+    first, second = llm.collective_rpc(tokens_in_batch)
+    assert first == second
+    assert any(first)
+
+
+def test_greedy_tokens_are_those_without_speculation(engines: Engines, pair: tuple[Path, Path]) -> None:
+    params = greedy_params(32)
+    plain = generate(engines.get(pair[0], **RANKS), prompts(), params)
+    llm = engines.get(pair[0], ssd(pair[1], 4, ssd_fallback="ngram"), **RANKS)
+    llm.collective_rpc(give_draft_time)
+    assert generate(llm, prompts(), params) == plain
+    assert_ranks_agree(llm)
+    assert stats(llm)["hits"] > 20
+
+
+def test_sampled_tokens_do_not_depend_on_the_draft(engines: Engines, pair: tuple[Path, Path]) -> None:
+    """Seeds that vLLM draws by itself are the same on both ranks too, or they would part."""
+    llm = engines.get(pair[0], ssd(pair[1], 4, ssd_max_restarts=0, ssd_planner=True), **RANKS)
+    llm.collective_rpc(give_draft_time)
+    llm.collective_rpc("ssd_plan", args=(4, 8))  # the planner has timed both ranks; what it plans is its own
+    seeded = [i for i, params in enumerate(sampled()) if params.seed is not None or not params.temperature]
+    with_draft = generate(llm, prompts(), sampled())
+    assert_ranks_agree(llm)
+    assert stats(llm)["hits"] > 20
+    os.kill(pid := stats(llm)["draft"]["pid"], signal.SIGKILL)
+    deadline = time.monotonic() + PATIENCE_S
+    while is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    without = generate(llm, prompts(), sampled())
+    assert [with_draft[i] for i in seeded] == [without[i] for i in seeded]
+    assert_ranks_agree(llm)
+
+
+def test_ratio_verification_takes_the_same_laws_on_both_ranks(
+    engines: Engines, pair: tuple[Path, Path]
+) -> None:
+    """Each rank would read what there is of them at another time."""
+    llm = engines.get(pair[0], ssd(pair[1], 3, ssd_verify="ratio", ssd_fallback="ngram"), **RANKS)
+    llm.collective_rpc(give_draft_time)
+    generate(llm, prompts(), sampled())
+    assert_ranks_agree(llm)
+    assert stats(llm)["hits"] > 20

@@ -1,0 +1,70 @@
+"""A target on several devices: one of its ranks leads, the others verify what it found.
+
+All ranks of a tensor parallel group sample, so all need the same drafts and the same laws. What the draft has
+published changes by the microsecond; so only the leader looks, and the others hear of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from vllm.config import ParallelConfig
+from vllm.distributed import get_tp_group
+
+from vllm_ssd.channel import Sampling
+from vllm_ssd.draft_laws import DraftLaw, PointMass
+from vllm_ssd.proposer import NOT_INTRODUCED
+
+
+def leads(parallel: ParallelConfig, rank: int) -> bool:
+    """Whether this rank talks to the draft: the first of the last pipeline stage, whose output vLLM takes.
+
+    Upstream: `MultiprocExecutor._get_output_rank`.
+    """
+    return rank == parallel.world_size - parallel.tensor_parallel_size
+
+
+class Follower:
+    """Stands where the leader has its `proposer.Proposer`, and knows nothing."""
+
+    def start(self, request_id: str, tokens: list[int], sampling: Sampling, slot: int | None = None) -> int:
+        """The leader introduces the request."""
+        return NOT_INTRODUCED
+
+    def stop(self, request_id: str) -> None:
+        """Nothing to forget."""
+
+    def propose(self, request_ids: Sequence[str], sampled: Sequence[list[int]]) -> list[list[int]]:
+        """No drafts of its own."""
+        return [[] for _ in request_ids]
+
+    def verified(self, request_id: str) -> list[int]:
+        """No drafts of its own."""
+        return []
+
+    def laws(self, request_ids: Sequence[str], num_drafts: Sequence[int]) -> list[DraftLaw]:
+        """None of its own."""
+        return [PointMass() for _ in request_ids]
+
+
+def shared_drafts(drafts: Tensor, num_drafts: Tensor) -> tuple[Tensor, Tensor]:
+    """The leader's drafts [B, K], and [B] how many they are, on all ranks; the host waits for nothing."""
+    group = get_tp_group()
+    if group.world_size == 1:
+        return drafts, num_drafts
+    both = group.broadcast(torch.cat([drafts, num_drafts[:, None].to(drafts.dtype)], dim=1))
+    return both[:, :-1], both[:, -1].to(num_drafts.dtype)
+
+
+def shared_laws(laws: list[DraftLaw]) -> list[DraftLaw]:
+    """The leader's laws on all ranks."""
+    return get_tp_group().broadcast_object(laws)
+
+
+def share_rows(table: Tensor, rows: Tensor) -> None:
+    """Copy these rows of the leader's table into the same rows of all others'."""
+    group = get_tp_group()
+    if group.world_size > 1:
+        table[rows] = group.broadcast(table[rows])
