@@ -41,10 +41,10 @@ def verify(sizes: Sizes, out: Path, dry: bool) -> list[dict[str, Any]]:
 
 
 def draft(sizes: Sizes, out: Path, dry: bool) -> list[dict[str, Any]]:
-    """Steps of the draft by rows, eager and compiled, beside what reading its weights takes."""
+    """Steps of the draft by rows, eager and as CUDA graphs, beside what reading its weights takes."""
     rows = []
     for name, shape in sizes.drafts.items():
-        for mode in ("eager",) if dry else ("eager", "compiled"):
+        for mode in ("eager",) if dry else ("eager", "captured"):
             rows += in_process("draft_one", out, dry, name, shape, mode)
     return rows
 

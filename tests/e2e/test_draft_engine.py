@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from engines import Engines
 from target import Setup, Target
 from transformers import LlamaForCausalLM
 
-from vllm_ssd.draft.rows import Place, Rows
+from vllm_ssd.draft.rows import Place, Rows, RowSampling
+from vllm_ssd.kernels.noise import perturb_reference
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -75,6 +77,34 @@ def model(
     )
     yield Model(DraftEngine(asked))
     cleanup_dist_env_and_memory()
+
+
+@contextmanager
+def replaying(engine: Any) -> Iterator[None]:
+    """Steps as from CUDA graphs; here they merely compute again, with the same memory for all rounds."""
+
+    memory: dict[torch.Size, torch.Tensor] = {}
+
+    def perturb(logits: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
+        found = perturb_reference(logits, *args)
+        return memory.setdefault(found.shape, found).copy_(found)
+
+    def captured_logits(inputs: Any) -> Any:
+        # The CPU's metadata has to be built for each step, which a graph could not do.
+        return lambda: engine._logits(inputs, engine._metadata(inputs))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "_captured_logits", captured_logits)
+        engine.capture_graphs([4, 24, 48], perturb, lambda step: step)
+    yield
+    engine._graphs = engine._graph = None
+
+
+@pytest.fixture(params=["launched", "replayed"])
+def stepping(request: pytest.FixtureRequest, model: Model) -> Iterator[Model]:
+    """The model, as the host launches its steps and as they are replayed."""
+    with replaying(model.engine) if request.param == "replayed" else nullcontext():
+        yield model
 
 
 def tokens_of(seed: int, length: int) -> list[int]:
@@ -154,10 +184,10 @@ class TransformersOracle:
         return self._known[key]
 
 
-def test_rounds_on_the_real_engine(model: Model, pair: tuple[Path, Path]) -> None:
+def test_rounds_on_the_real_engine(stepping: Model, pair: tuple[Path, Path]) -> None:
     """Hits, misses, n-gram drafts, early outcomes: published chains are the draft's greedy decoding."""
     rng = random.Random(3)
-    target = Target(SETUP, model.engine, TransformersOracle(pair[1]))
+    target = Target(SETUP, stepping.engine, TransformersOracle(pair[1]))
     shared = tokens_of(50, 70)
     for slot, prompt in enumerate((tokens_of(51, 1), tokens_of(52, 30), shared, [*shared, 7, 8])):
         target.start(slot, prompt)
@@ -177,24 +207,90 @@ def test_rounds_on_the_real_engine(model: Model, pair: tuple[Path, Path]) -> Non
     target.finish()
 
 
-def test_advancing_equals_feeding_the_drafts(model: Model) -> None:
+def test_advancing_equals_feeding_the_drafts(stepping: Model) -> None:
     """Over the end of a block, too, and with the rows at different lengths."""
-    engine = model.engine
+    engine = stepping.engine
     rows = [(tokens_of(60, 30), [1, 2]), (tokens_of(61, 9), [3, 4]), (tokens_of(62, 31), [5, 6])]
     for tokens, blocks in rows:
-        model.run((tokens, 0, blocks))
+        stepping.run((tokens, 0, blocks))
     chains = [[7], [8], [9]]
     for step in range(K):
         if step == 0:
-            model.run(*[([7 + row], len(tokens), blocks) for row, (tokens, blocks) in enumerate(rows)])
-            drafts = model.logits.argmax(dim=-1).numpy()
+            first = [([7 + row], len(tokens), blocks) for row, (tokens, blocks) in enumerate(rows)]
+            drafts = stepping.run(*first)[0][:, 0]
         else:
             drafts = engine.advance().drafts
         for chain, draft in zip(chains, drafts.tolist(), strict=True):
             chain.append(draft)
     for row, ((tokens, _), chain) in enumerate(zip(rows, chains, strict=True)):
-        _, fresh = model.run((tokens + chain[:-1], 0, [40, 41, 42, 43]))
+        _, fresh = stepping.run((tokens + chain[:-1], 0, [40, 41, 42, 43]))
         assert chain[-1] == fresh[0].argmax(), row
+
+
+def test_sampled_branches_are_the_same_from_a_graph(model: Model) -> None:
+    """Greedy rows between them, too; and a graph forgets how the rows of the last round were sampled."""
+    engine = model.engine
+    trunks = [(tokens_of(60, 30), [1, 2]), (tokens_of(61, 9), [3, 4]), (tokens_of(62, 31), [5, 6])]
+    for tokens, blocks in trunks:
+        model.run((tokens, 0, blocks))
+
+    def rounds() -> list[tuple[list[int], torch.Tensor]]:
+        steps = []
+        for temperatures in ([0.7, 0.0, 1.3], [0.0, 0.0, 0.9], None):
+            steps += [engine.forward(branches(temperatures)), engine.advance(), engine.advance()]
+        return [(step.drafts.tolist(), step.logits) for step in steps]
+
+    def branches(temperatures: list[float] | None) -> Rows:
+        sampling = temperatures and RowSampling(
+            np.array(temperatures, dtype=np.float32),
+            np.array([5, 6, 2**62]),
+            np.zeros(3, dtype=np.int32),
+            np.ones(3, dtype=np.float32),
+        )
+        tables = np.array([blocks for _, blocks in trunks], dtype=np.int32)
+        lengths = np.array([len(tokens) for tokens, _ in trunks])
+        return Rows(
+            np.array([7, 8, 9]), lengths, np.ones(3, dtype=np.int32), tables, np.arange(3), sampling or None
+        )
+
+    launched = rounds()
+    with replaying(engine):
+        replayed = rounds()
+    for (drafts, logits), (same_drafts, same_logits) in zip(launched, replayed, strict=True):
+        assert drafts == same_drafts
+        torch.testing.assert_close(logits, same_logits, atol=TOLERANCE, rtol=0)
+
+
+def test_what_a_graph_cannot_do_is_launched(model: Model) -> None:
+    engine = model.engine
+    table = np.ones((1, 1), dtype=np.int32)
+
+    def is_replayed(
+        num_tokens: int, wanted: list[int], top_k: int = 0, top_p: float = 1.0, rows: int = 1
+    ) -> bool:
+        per_row = np.ones(rows, dtype=np.int32)
+        sampling = RowSampling(
+            np.ones(len(wanted), dtype=np.float32),
+            np.ones(len(wanted), dtype=np.int64),
+            np.full(len(wanted), top_k, dtype=np.int32),
+            np.full(len(wanted), top_p, dtype=np.float32),
+        )
+        tokens = np.arange(num_tokens * rows)
+        positions = np.tile(np.arange(num_tokens), rows)
+        batch = Rows(
+            tokens, positions, num_tokens * per_row, table.repeat(rows, axis=0), np.array(wanted), sampling
+        )
+        engine.forward(batch)
+        return engine._graph is not None
+
+    with replaying(engine):
+        assert is_replayed(1, [0])
+        assert not is_replayed(2, [1])
+        assert not is_replayed(2, [0, 1])
+        assert not is_replayed(1, [0], top_k=3)
+        assert not is_replayed(1, [0], top_p=0.9)
+        assert is_replayed(1, list(range(48)), rows=48)
+        assert not is_replayed(1, list(range(49)), rows=49)
 
 
 def test_it_computes_on_without_process_groups(model: Model) -> None:

@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,10 @@ PATIENCE_S = 60.0
 
 
 @pytest.fixture(autouse=True)
-def one_core_each(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def one_core_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """The draft shares one with a rank where there are but two: slow, and what is tested is not speed."""
     cores = sorted(os.sched_getaffinity(0))
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
-    yield
 
 
 def prompts() -> list[list[int]]:

@@ -8,7 +8,7 @@ serves it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,7 +20,6 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.model_loader import get_model
 from vllm.platforms import current_platform
-from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import resolve_kv_cache_layout
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
@@ -35,6 +34,8 @@ from vllm.v1.worker.workspace import init_workspace_manager
 
 from vllm_ssd.channel import Configure
 from vllm_ssd.compat import kv_cache_config, leave_process_groups, supported_kv_cache_layouts
+from vllm_ssd.draft.graphs import Capture, Perturb, StepGraph, StepGraphs, capture_cuda_graphs, sizes_up_to
+from vllm_ssd.draft.inputs import StepInputs, inputs_of
 from vllm_ssd.draft.rows import Candidates, Place, Rows, RowSampling
 from vllm_ssd.noise import RecentNoise
 
@@ -56,18 +57,18 @@ class StepPredictions:
 
 
 @dataclass
-class StepInputs:
-    """What a step is fed with, on the device; N tokens of R rows."""
+class Step:
+    """One step's inputs, and what is asked of it."""
 
-    tokens: torch.Tensor  # [N]
-    positions: torch.Tensor  # [N]
-    row_of_token: torch.Tensor  # [N]
-    slots: torch.Tensor  # [N], where each token's KV goes
-    slots_by_layer: dict[str, torch.Tensor]
-    attention: CommonAttentionMetadata
-    wanted: torch.Tensor | None  # [L], None: all
-    wanted_positions: Int64Array  # [L]
+    inputs: StepInputs
+    wanted: torch.Tensor | None  # [L], which tokens' predictions; None: all
     sampling: RowSampling | None
+
+    @property
+    def wanted_positions(self) -> torch.Tensor:
+        """[L]"""
+        positions = self.inputs.positions
+        return positions if self.wanted is None else positions[self.wanted]
 
 
 class DraftEngine:
@@ -94,7 +95,7 @@ class DraftEngine:
             layers = self.config.compilation_config.static_forward_context
             kv_caches = init_kv_cache(layers, self.kv_cache_config, self.device, block_sizes, self.config)
         self.block_size = self.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-        self.num_blocks = self.kv_cache_config.num_blocks
+        self.num_blocks = self.kv_cache_config.num_blocks - 1  # the last is for what fills up a graph's batch
         self.vocab_size = self.config.model_config.get_vocab_size()
         self.max_model_len = self.config.model_config.max_model_len
         self._is_coupled = configure.is_coupled
@@ -103,9 +104,11 @@ class DraftEngine:
         self._noise = RecentNoise(self.vocab_size, self.device)
         self.kv_caches: list[torch.Tensor] = list(kv_caches.values())  # each [num_blocks, ...]
         for cache in self.kv_caches:
-            if cache.shape[0] != self.num_blocks:
+            if cache.shape[0] != self.kv_cache_config.num_blocks:
                 raise UnsupportedDraft(f"KV cache of shape {tuple(cache.shape)} is not ordered by block")
         self._fork_copy = _fork_copy(self.kv_caches)
+        self._graphs: StepGraphs | None = None
+        self._graph: StepGraph | None = None  # of the last step, if it was one
 
     def warm_up(self, max_rows: int) -> None:
         """Do once, on scratch blocks and before any is in use, all that serving does.
@@ -130,6 +133,10 @@ class DraftEngine:
             self.advance()
             self.likeliest([Place(predictions, 0)], num_candidates=2)
         self.copy_blocks(np.array([0]), np.array([1 % self.num_blocks]))
+        if self._can_capture():
+            from vllm_ssd.kernels.noise import perturb
+
+            self.capture_graphs(sizes_up_to(max_rows), perturb, capture_cuda_graphs())
 
     def leave_process_groups(self) -> None:
         """End what only costs time in a world of one, once nothing is compiled any more."""
@@ -156,23 +163,24 @@ class DraftEngine:
     @torch.inference_mode()
     def forward(self, rows: Rows) -> StepPredictions:
         """Run one step; the KV of every token of the batch is written to its row's blocks."""
-        self._inputs = self._inputs_of(rows)
-        return self._step(self._inputs)
+        self._graph = None
+        if self._graphs is not None and (self._is_coupled or rows.sampling is None):
+            self._graph = self._graphs.load(rows)
+        if self._graph is not None:
+            return StepPredictions(*self._graph.step())
+        is_wanted = len(rows.wanted) < len(rows.tokens)
+        inputs = inputs_of(rows, self.block_size, self._slots_by_layer, self.device)
+        self._last = Step(inputs, self._to_device(rows.wanted) if is_wanted else None, rows.sampling)
+        return self._run(self._last)
 
     @torch.inference_mode()
     def advance(self) -> StepPredictions:
         """Run one more step over the rows of the last, which had one token each; its drafts are fed in."""
-        inputs = self._inputs
-        inputs.tokens.copy_(self._drafts)
-        inputs.positions += 1
-        inputs.wanted_positions += 1
-        self._find_slots(inputs)
-        attention = inputs.attention
-        attention.max_seq_len += 1
-        attention.seq_lens += 1
-        if self.device.type != "cpu":  # there both are one tensor
-            attention.seq_lens_cpu_upper_bound += 1
-        return self._step(inputs)
+        if self._graph is not None:
+            return StepPredictions(*self._graph.step())
+        self._last.inputs.advance(self._drafts)
+        self._last.inputs.note_advance()
+        return self._run(self._last)
 
     @torch.inference_mode()
     def likeliest(self, places: list[Place], num_candidates: int) -> Candidates:
@@ -186,66 +194,85 @@ class DraftEngine:
         """Copy whole KV blocks in every layer: sources[i] -> targets[i], both [n]."""
         self._fork_copy(self._to_device(sources), self._to_device(targets))
 
-    def _inputs_of(self, rows: Rows) -> StepInputs:
-        num_rows, num_tokens = len(rows.query_lens), len(rows.tokens)
-        query_start = np.zeros(num_rows + 1, dtype=np.int32)
-        np.cumsum(rows.query_lens, out=query_start[1:])
-        seq_lens = rows.positions[query_start[1:] - 1].astype(np.int32) + 1
-        query_start_cpu, seq_lens_cpu = torch.from_numpy(query_start), torch.from_numpy(seq_lens)
-        positions = self._to_device(rows.positions)
-        slots = torch.empty_like(positions)
-        inputs = StepInputs(
-            tokens=self._to_device(rows.tokens),
-            positions=positions,
-            row_of_token=self._to_device(np.repeat(np.arange(num_rows), rows.query_lens)),
-            slots=slots,
-            slots_by_layer=build_slot_mappings_by_layer(slots[None, :], self.kv_cache_config),
-            attention=CommonAttentionMetadata(
-                query_start_loc=query_start_cpu.to(self.device),
-                query_start_loc_cpu=query_start_cpu,
-                seq_lens=seq_lens_cpu.to(self.device),
-                seq_lens_cpu_upper_bound=seq_lens_cpu,
-                num_reqs=num_rows,
-                num_actual_tokens=num_tokens,
-                max_query_len=int(rows.query_lens.max()),
-                max_seq_len=int(seq_lens.max()),
-                block_table_tensor=self._to_device(rows.block_tables),
-                slot_mapping=slots,
-                positions=positions,
-            ),
-            wanted=self._to_device(rows.wanted) if len(rows.wanted) < num_tokens else None,
-            wanted_positions=rows.positions[rows.wanted],
-            sampling=rows.sampling,
+    @torch.inference_mode()
+    def capture_graphs(self, sizes: Sequence[int], perturb: Perturb, capture: Capture) -> None:
+        """From now on run steps over branches alone as graphs, filled up to these numbers of rows.
+
+        Args:
+            perturb, capture: see `graphs.StepGraph`.
+        """
+
+        def build(size: int) -> StepGraph:
+            width = -(-self.max_model_len // self.block_size)
+            inputs = inputs_of(
+                Rows(
+                    tokens=np.zeros(size, dtype=np.int64),
+                    positions=np.zeros(size, dtype=np.int64),
+                    query_lens=np.ones(size, dtype=np.int32),
+                    block_tables=np.full((size, width), self.num_blocks, dtype=np.int32),
+                    wanted=np.arange(size),
+                ),
+                self.block_size,
+                self._slots_by_layer,
+                self.device,
+            )
+            # Nothing that the host decides may depend on how long the rows are.
+            inputs.attention.max_seq_len = self.max_model_len
+            return StepGraph(inputs, self._captured_logits(inputs), perturb, capture)
+
+        self._graphs = StepGraphs(sizes, build)
+
+    def _can_capture(self) -> bool:
+        if self.device.type != "cuda" or self.config.model_config.enforce_eager:
+            return False
+        return all(
+            # A block table that is translated for the kernel would stay that of the capture.
+            group.supports_draft_decode_metadata_update and group.kernel_block_size is None
+            for group in self.attn_groups[0]
         )
-        self._find_slots(inputs)
-        return inputs
 
-    def _find_slots(self, inputs: StepInputs) -> None:
-        blocks = inputs.attention.block_table_tensor[inputs.row_of_token, inputs.positions // self.block_size]
-        torch.add(blocks * self.block_size, inputs.positions % self.block_size, out=inputs.slots)
+    def _captured_logits(self, inputs: StepInputs) -> Callable[[], torch.Tensor]:
+        """What computes the logits of these inputs as they are each time, with nothing left to the host."""
+        groups = self.attn_groups[0]
+        metadata = self._metadata(inputs)
 
-    def _step(self, inputs: StepInputs) -> StepPredictions:
+        def logits() -> torch.Tensor:
+            for group in groups:
+                group.update_draft_decode_metadata(metadata)
+            return self._logits(inputs, metadata)
+
+        return logits
+
+    def _slots_by_layer(self, slots: torch.Tensor) -> dict[str, torch.Tensor]:
+        return build_slot_mappings_by_layer(slots[None, :], self.kv_cache_config)
+
+    def _metadata(self, inputs: StepInputs) -> dict[str, Any]:
         metadata = {}
         for group in self.attn_groups[0]:
             built = group.build_metadata(inputs.attention)
             metadata.update(dict.fromkeys(group.layer_names, built))
-        num_tokens = len(inputs.tokens)
+        return metadata
+
+    def _logits(
+        self, inputs: StepInputs, metadata: dict[str, Any], wanted: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[L, V]"""
         with set_forward_context(
-            metadata, self.config, num_tokens=num_tokens, slot_mapping=inputs.slots_by_layer
+            metadata, self.config, num_tokens=len(inputs.tokens), slot_mapping=inputs.slots_by_layer
         ):
             hidden = self.model(input_ids=inputs.tokens, positions=inputs.positions)
-        if inputs.wanted is not None:
-            hidden = hidden[inputs.wanted]
-        logits = self.model.compute_logits(hidden).float()
-        laws = None
-        if inputs.sampling is None:
+        return self.model.compute_logits(hidden if wanted is None else hidden[wanted]).float()
+
+    def _run(self, step: Step) -> StepPredictions:
+        logits, laws = self._logits(step.inputs, self._metadata(step.inputs), step.wanted), None
+        if step.sampling is None:
             self._drafts = logits.argmax(dim=-1)
         else:
-            logits, laws = self._sampled(logits, inputs.sampling, inputs.wanted_positions)
+            logits, laws = self._sampled(logits, step.sampling, step.wanted_positions)
         return StepPredictions(logits, self._drafts.cpu().numpy(), laws)
 
     def _sampled(
-        self, logits: torch.Tensor, sampling: RowSampling, positions: Int64Array
+        self, logits: torch.Tensor, sampling: RowSampling, positions: torch.Tensor
     ) -> tuple[torch.Tensor, Float32Array | None]:
         """Find drafts at L positions, of which some are sampled.
 
@@ -272,14 +299,13 @@ class DraftEngine:
         return logits, laws.cpu().numpy()
 
     def _perturbed(
-        self, logits: torch.Tensor, is_greedy: torch.Tensor, sampling: RowSampling, positions: Int64Array
+        self, logits: torch.Tensor, is_greedy: torch.Tensor, sampling: RowSampling, positions: torch.Tensor
     ) -> torch.Tensor:
         """[L, V] with the keyed noise added where rows are sampled."""
         if self.device.type == "cuda":
             from vllm_ssd.kernels.noise import perturb
 
-            seeds, places = self._to_device(sampling.seeds), self._to_device(positions)
-            return perturb(logits, (~is_greedy[:, 0]).float(), seeds, places)
+            return perturb(logits, (~is_greedy[:, 0]).float(), self._to_device(sampling.seeds), positions)
         noise = self._noise(sampling.seeds.tolist(), positions.tolist())
         return logits + noise.masked_fill_(is_greedy, 0.0)
 

@@ -1,0 +1,70 @@
+"""A target on two ranks under vLLM's V2 runner: the leader's drafts and their laws reach the other rank."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from device import DEVICE
+from engines import Engines, generate, greedy_params, ssd, stats
+
+pytestmark = [
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(DEVICE == "cuda", reason="a GPU machine here has one GPU"),
+]
+
+Pair = tuple[Path, Path]
+
+RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "max_num_seqs": 4}
+
+
+@pytest.fixture(autouse=True)
+def one_core_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
+
+
+def prompts() -> list[list[int]]:
+    rng = random.Random(6)
+    return [[rng.randrange(2, 512) for _ in range(rng.randint(1, 40))] for _ in range(6)]
+
+
+def seeded() -> list[Any]:
+    from vllm import SamplingParams
+
+    return [SamplingParams(temperature=1.0, max_tokens=12, seed=i, ignore_eos=True) for i in range(6)]
+
+
+def tokens_in_slots(worker: Any) -> list[list[int]]:
+    """What this rank took the tokens of the last requests to be, by slot."""
+    states = worker.model_runner.req_states
+    lengths = states.total_len.gpu.tolist()
+    return [row[:length].tolist() for row, length in zip(states.all_token_ids.gpu, lengths, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def undrafted(engines: Engines, pair: Pair) -> tuple[list[list[int]], list[list[int]]]:
+    with pytest.MonkeyPatch.context() as patch:
+        cores = sorted(os.sched_getaffinity(0))
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
+        llm = engines.get(pair[0], **RANKS)
+        return generate(llm, prompts(), greedy_params(12)), generate(llm, prompts(), seeded())
+
+
+@pytest.mark.parametrize("verify", ["coupled", "ratio"])
+def test_two_ranks_verify_the_same(
+    engines: Engines, pair: Pair, undrafted: tuple[list[list[int]], list[list[int]]], verify: str
+) -> None:
+    greedy, sampled = undrafted
+    llm = engines.get(pair[0], ssd(pair[1], 3, ssd_verify=verify, ssd_fallback="ngram"), **RANKS)
+    assert generate(llm, prompts(), greedy_params(12)) == greedy
+    found = generate(llm, prompts(), seeded())
+    if verify == "coupled":
+        assert found == sampled
+    first, second = llm.collective_rpc(tokens_in_slots)
+    assert first == second
+    assert any(first)
+    assert stats(llm)["hits"] > 0
