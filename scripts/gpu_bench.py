@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from rich.console import Console
 SCRIPTS = Path(__file__).parent
 MARK = "ROW "  # before each row that a part prints
 TIME_LIMIT_S = 540
+MPS_CONTROL = "nvidia-cuda-mps-control"
 console = Console()
 
 
@@ -50,7 +54,7 @@ def draft(sizes: Sizes, out: Path, dry: bool) -> list[dict[str, Any]]:
 
 
 def end_to_end(sizes: Sizes, out: Path, dry: bool) -> list[dict[str, Any]]:
-    """AR, vLLM's draft_model and SSD on one GPU, which target and draft then share in turns."""
+    """AR, vLLM's draft_model and SSD on one GPU, which target and draft share: in turns, and by MPS."""
     models = out / "models" / "pair"
     if not (models / "target" / "config.json").exists():
         command = [sys.executable, str(SCRIPTS / "make_demo_models.py"), "--random", "--out", str(models)]
@@ -59,7 +63,31 @@ def end_to_end(sizes: Sizes, out: Path, dry: bool) -> list[dict[str, Any]]:
     rows = []
     for method in ("ar", "draft_model", "ssd"):
         rows += in_process("end_to_end_one", out, dry, method)
+    if shutil.which(MPS_CONTROL):
+        with multi_process_service(out / "mps"):
+            rows += [row | {"mps": True} for row in in_process("end_to_end_one", out, dry, "ssd")]
+    else:
+        console.print(f"no {MPS_CONTROL} here: target and draft only take turns", highlight=False)
     return rows
+
+
+@contextmanager
+def multi_process_service(folder: Path) -> Iterator[None]:
+    """CUDA's MPS for processes that are started meanwhile: they use one GPU at the same time.
+
+    Args:
+        folder: for the daemon's pipes and logs.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    where = {"CUDA_MPS_PIPE_DIRECTORY": str(folder / "pipe"), "CUDA_MPS_LOG_DIRECTORY": str(folder / "log")}
+    os.environ.update(where)
+    try:
+        subprocess.run([MPS_CONTROL, "-d"], check=True)
+        yield
+    finally:
+        subprocess.run([MPS_CONTROL], input="quit\n", text=True, check=False)
+        for name in where:
+            del os.environ[name]
 
 
 PARTS: dict[str, Callable[..., list[dict[str, Any]]]] = {

@@ -53,7 +53,9 @@ run_step() { # NAME SECONDS COMMAND...: its output goes to OUT/NAME.log
 # A dry run is an interpreter's: slower by far, and tests/v2 runs in CI anyway.
 LIMIT=$([[ $MODE == --dry-run ]] && echo 1500 || echo 200)
 run_step kernels "$LIMIT" python3 -m pytest -q --junitxml="$OUT/kernels.xml" tests/v2/test_kernels.py
-run_step runner "$LIMIT" python3 -m pytest -q --junitxml="$OUT/runner.xml" tests/v2/test_v2_runner.py
+run_step draft "$LIMIT" python3 -m pytest -q --junitxml="$OUT/draft.xml" tests/v2/test_draft_on_device.py
+run_step runner "$LIMIT" python3 -m pytest -q --junitxml="$OUT/runner.xml" \
+  tests/v2/test_v2_runner.py tests/v2/test_deferred.py
 run_step bench "$LIMIT" python3 scripts/gpu_bench.py --out "$OUT" --parts kernels "${DRY[@]}"
 if [[ $MODE == --dry-run ]]; then
   run_step bench-rest 900 python3 scripts/gpu_bench.py --out "$OUT/rest" --parts verify,draft,end_to_end --dry-run
