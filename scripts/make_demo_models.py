@@ -6,7 +6,7 @@ or random ones.
     make_demo_models.py --out DIR --report             also measure the pair; figures to DIR/report.json
     make_demo_models.py --out DIR --grow --dtype bfloat16 \
 --target-shape layers=28,hidden=768,intermediate=2048,heads=12,kv_heads=6 \
---draft-shape layers=2,hidden=1024,intermediate=2816,heads=16,kv_heads=8
+--draft-shape layers=3,hidden=1024,intermediate=2816,heads=16,kv_heads=8
                                                    the shipped pair at the cost of larger models
     make_demo_models.py --out DIR --random --target-shape layers=16,hidden=1024,intermediate=2816,heads=16,\
 kv_heads=4 --draft-shape layers=2,hidden=512,intermediate=1408,heads=8,kv_heads=4 --agreement 0.8

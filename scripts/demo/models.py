@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from .tokenizer import MAX_POSITIONS, VOCAB_SIZE
 
 TARGET_LAYERS = 28
-DRAFT_LAYERS = 2
+DRAFT_LAYERS = 3
 
 
 def llama_config(layers: int, **changes: int | float | bool) -> LlamaConfig:

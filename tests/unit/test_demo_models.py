@@ -76,7 +76,7 @@ def test_shipped_weights_are_small() -> None:
 def test_command_writes_hugging_face_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["make_demo_models.py", "--out", str(tmp_path)])
     make_demo_models.main()
-    for name, layers in (("target", 28), ("draft", 2)):
+    for name, layers in (("target", 28), ("draft", 3)):
         config = json.loads((tmp_path / name / "config.json").read_text())
         assert config["architectures"] == ["LlamaForCausalLM"]
         assert (config["num_hidden_layers"], config["dtype"]) == (layers, "float32")
@@ -147,7 +147,7 @@ def test_grown_pair_computes_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompts: list[list[int]]
 ) -> None:
     shapes = ["--target-shape", "layers=29,hidden=192,intermediate=384,heads=4,kv_heads=2,head_dim=64"]
-    shapes += ["--draft-shape", "layers=2,hidden=256,intermediate=400,heads=4,kv_heads=2"]
+    shapes += ["--draft-shape", "layers=3,hidden=256,intermediate=400,heads=4,kv_heads=2"]
     monkeypatch.setattr(sys, "argv", ["make_demo_models.py", "--out", str(tmp_path), "--grow", *shapes])
     make_demo_models.main()
     tokens = torch.tensor([prompts[0][:20]])
