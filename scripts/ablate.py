@@ -138,17 +138,18 @@ def fallbacks() -> Figure:
 
 
 def verifiers() -> Figure:
-    """Three verifiers, and what vLLM has."""
+    """Three verifiers, and what vLLM has, each with two K."""
+    ssd = {"ssd_branch_budget": 12, "ssd_max_rows": 32}
     kinds: dict[str, tuple[str, dict[str, Any]]] = {
-        "coupled": ("ssd", {}),
-        "ratio": ("ssd", {"ssd_verify": "ratio"}),
-        "Saguaro 0.5": ("ssd", {"ssd_verify": "ratio", "ssd_saguaro_c": 0.5}),
+        "coupled": ("ssd", ssd),
+        "ratio": ("ssd", ssd | {"ssd_verify": "ratio"}),
+        "Saguaro 0.5": ("ssd", ssd | {"ssd_verify": "ratio", "ssd_saguaro_c": 0.5}),
         "draft_model, sampled drafts": ("draft_model", {"draft_sample_method": "probabilistic"}),
-        "draft_model, greedy drafts": ("draft_model", {}),
     }
     points = [
-        Point(name, batch, batch, 1.0, method, options=options)
+        Point(f"{name}, K={k}", batch, batch, 1.0, method, k, options)
         for name, (method, options) in kinds.items()
+        for k in (K, 10)
         for batch in (1, 4, 8)
     ]
     return Figure(points, "batch", ("tok_s", "tokens_per_round", "hit_rate"))
