@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from rich.console import Console
 SCRIPTS = Path(__file__).parent
 MARK = "ROW "  # before each row that a part prints
 TIME_LIMIT_S = 540
-MPS_CONTROL = "nvidia-cuda-mps-control"
+MPS_CONTROL, MPS_LIMIT_S = "nvidia-cuda-mps-control", 20
 console = Console()
 
 
@@ -63,31 +64,54 @@ def end_to_end(sizes: Sizes, out: Path, dry: bool) -> list[dict[str, Any]]:
     rows = []
     for method in ("ar", "draft_model", "ssd"):
         rows += in_process("end_to_end_one", out, dry, method)
-    if shutil.which(MPS_CONTROL):
-        with multi_process_service(out / "mps"):
-            rows += [row | {"mps": True} for row in in_process("end_to_end_one", out, dry, "ssd")]
-    else:
+    if not shutil.which(MPS_CONTROL):
         console.print(f"no {MPS_CONTROL} here: target and draft only take turns", highlight=False)
-    return rows
+        return rows
+    try:
+        with multi_process_service() as has_served:
+            shared = in_process("end_to_end_one", out, dry, "ssd")
+            is_shared = has_served()
+    except (OSError, subprocess.SubprocessError) as error:
+        return [*rows, {"failed": MPS_CONTROL, "error": str(error)}]
+    return rows + [row | {"mps": is_shared} for row in shared]
 
 
 @contextmanager
-def multi_process_service(folder: Path) -> Iterator[None]:
+def multi_process_service() -> Iterator[Callable[[], bool]]:
     """CUDA's MPS for processes that are started meanwhile: they use one GPU at the same time.
 
-    Args:
-        folder: for the daemon's pipes and logs.
+    Yields:
+        Whether any of them has; those that do not find the service go without, and say nothing.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    where = {"CUDA_MPS_PIPE_DIRECTORY": str(folder / "pipe"), "CUDA_MPS_LOG_DIRECTORY": str(folder / "log")}
-    os.environ.update(where)
+    folder = Path(tempfile.mkdtemp(prefix="mps-"))  # a short path: there will be sockets in it
+    where = {"CUDA_MPS_PIPE_DIRECTORY": folder / "pipe", "CUDA_MPS_LOG_DIRECTORY": folder / "log"}
+    for name, path in where.items():
+        path.mkdir()
+        os.environ[name] = str(path)
     try:
-        subprocess.run([MPS_CONTROL, "-d"], check=True)
-        yield
+        subprocess.run([MPS_CONTROL, "-d"], check=True, timeout=MPS_LIMIT_S)
+        yield lambda: bool(_ask_service("get_server_list"))
     finally:
-        subprocess.run([MPS_CONTROL], input="quit\n", text=True, check=False)
+        _ask_service("quit")
         for name in where:
             del os.environ[name]
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _ask_service(question: str) -> str:
+    """The answer of the MPS daemon, empty if there is none."""
+    try:
+        done = subprocess.run(
+            [MPS_CONTROL],
+            input=question + "\n",
+            text=True,
+            capture_output=True,
+            timeout=MPS_LIMIT_S,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
 
 
 PARTS: dict[str, Callable[..., list[dict[str, Any]]]] = {
@@ -176,9 +200,12 @@ def main() -> None:
         return
     exit_on_signals()
     run = describe_run()
-    parts = {name: PARTS[name](sizes, args.out, args.dry_run) for name in args.parts}
-    write_json(args.out / "gpu_bench.json", run | {"dry_run": args.dry_run, "parts": parts})
-    write_table(args.out / "gpu_bench.md", run, parts, args.dry_run)
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for name in args.parts:
+        parts[name] = PARTS[name](sizes, args.out, args.dry_run)
+        # After each part: the machine may be taken away before the last.
+        write_json(args.out / "gpu_bench.json", run | {"dry_run": args.dry_run, "parts": parts})
+        write_table(args.out / "gpu_bench.md", run, parts, args.dry_run)
     failed = [row for rows in parts.values() for row in rows if "failed" in row]
     for row in failed:
         console.print(f"failed: {row['failed']}\n{row['error']}", highlight=False, markup=False)

@@ -289,6 +289,8 @@ def draft_one(sizes: Sizes, out: Path, dry: bool, name: str, shape: str, mode: s
         )
     )
     engine.warm_up(most)
+    if engine.has_graphs != (mode == "captured"):
+        raise RuntimeError(f"{mode}: the engine's steps are not so")
     # Of the embedding a step reads single rows.
     weights = sum(
         value.numel() * value.element_size()

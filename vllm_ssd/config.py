@@ -12,6 +12,7 @@ from pydantic import Field
 from vllm.config.speculative import SpeculativeConfig
 from vllm.config.utils import config
 from vllm.platforms import current_platform
+from vllm.utils.cpu_resource_utils import get_allowed_cpu_list
 
 from vllm_ssd.shared import default_shared_folder
 
@@ -31,6 +32,9 @@ _FIXED_OPTIONS: dict[str, Any] = {
     "moe_backend": None,
     "attention_backend": None,
 }
+_BINDING = "VLLM_CPU_OMP_THREADS_BIND"
+_bound: str | None = None  # what an engine of this process has set that to
+
 # Of the target's kinds of parallelism, those that SSD does not know.
 _ONE_OF_EACH = ("pipeline_parallel_size", "data_parallel_size", "prefill_context_parallel_size")
 
@@ -129,7 +133,7 @@ def create_ssd_config(engine_args: Any, target_model_config: Any, target_paralle
     if current_platform.is_cpu():
         target_parallel_config.worker_cls = "vllm_ssd.worker_cpu.SSDWorker"
         engine_args.async_scheduling = False  # the V1 runner hands async drafters an empty list of tokens
-        _leave_cores_to_draft(ssd.draft_cores, target_parallel_config.world_size)
+        _leave_cores_to_draft(ssd.draft_cores, target_parallel_config.local_world_size)
     else:
         target_parallel_config.worker_cls = "vllm_ssd.worker_cuda.SSDWorker"
         if ssd.ssd_planner:
@@ -202,6 +206,9 @@ def _check_platform(ssd: SSDSpeculativeConfig) -> None:
     for name in _ONE_OF_EACH:
         if getattr(parallel, name) != 1:
             raise ValueError(f"this version of method 'ssd' needs {name}=1, not {getattr(parallel, name)}")
+    if parallel.tensor_parallel_size > 1 and parallel.distributed_executor_backend == "external_launcher":
+        # There each rank has a scheduler of its own, which would not hear of the leader's drafts.
+        raise ValueError("method 'ssd' with several ranks needs distributed_executor_backend 'mp' or 'ray'")
 
 
 def _check_models(ssd: SSDSpeculativeConfig) -> None:
@@ -284,23 +291,32 @@ def _choose_draft_cores(ssd: SSDSpeculativeConfig) -> list[int]:
 
 def _target_cores() -> set[int]:
     """Cores the user bound the target to; empty where vLLM is left to choose."""
-    binding = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto")
+    binding = _binding_by_user()
     if binding in ("", "auto", "nobind"):
         return set()
     return {core for part in binding.split("|") for core in parse_cores(part)}
 
 
+def _binding_by_user() -> str:
+    """What the user bound the target's cores to; not what an earlier engine of this process did."""
+    binding = os.environ.get(_BINDING, "auto")
+    return "auto" if binding == _bound else binding
+
+
 def _leave_cores_to_draft(draft_cores: list[int], num_ranks: int) -> None:
     """Bind the target's ranks to the remaining cores unless the user bound them: sharing one core with the
     draft, or OpenMP threads of both on all cores, is many times slower than no speculation at all."""
-    if os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto") != "auto":
+    global _bound
+    if _binding_by_user() != "auto":
         return
-    rest = sorted(os.sched_getaffinity(0) - set(draft_cores))
+    # Ranks get neighbours: as far as possible neither a memory node nor a physical core is split.
+    cpus = sorted(get_allowed_cpu_list(), key=lambda cpu: (cpu.numa_node, cpu.physical_core, cpu.id))
+    rest = [cpu.id for cpu in cpus if cpu.id not in draft_cores]
     if len(rest) < num_ranks > 1:
         raise ValueError(
             f"{num_ranks} ranks of the target need a core each beside the draft's, and {len(rest)} are left; "
-            "set VLLM_CPU_OMP_THREADS_BIND, such as '0|1', to let them share"
+            f"set {_BINDING}, such as '0|1', to let them share"
         )
     if rest:
-        shares = [_format_cores(share.tolist()) for share in np.array_split(rest, num_ranks)]
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(shares)
+        shares = [_format_cores(sorted(share.tolist())) for share in np.array_split(rest, num_ranks)]
+        os.environ[_BINDING] = _bound = "|".join(shares)

@@ -54,7 +54,8 @@ def shared_drafts(drafts: Tensor, num_drafts: Tensor) -> tuple[Tensor, Tensor]:
     group = get_tp_group()
     if group.world_size == 1:
         return drafts, num_drafts
-    both = group.broadcast(torch.cat([drafts, num_drafts[:, None].to(drafts.dtype)], dim=1))
+    both = torch.cat([drafts, num_drafts[:, None].to(drafts.dtype)], dim=1)
+    both = group.device_communicator.broadcast(both)  # by what the model communicates with
     return both[:, :-1], both[:, -1].to(num_drafts.dtype)
 
 
@@ -66,5 +67,5 @@ def shared_laws(laws: list[DraftLaw]) -> list[DraftLaw]:
 def share_rows(table: Tensor, rows: Tensor) -> None:
     """Copy these rows of the leader's table into the same rows of all others'."""
     group = get_tp_group()
-    if group.world_size > 1:
-        table[rows] = group.broadcast(table[rows])
+    if group.world_size > 1 and len(rows):
+        table[rows] = group.device_communicator.broadcast(table[rows])

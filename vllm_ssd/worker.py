@@ -221,7 +221,7 @@ def _configure(ssd: SSDSpeculativeConfig, vllm_config: VllmConfig) -> Configure:
         max_rows=ssd.ssd_max_rows,
         prefill_chunk=ssd.ssd_prefill_chunk,
         memory_bytes=int(ssd.ssd_draft_memory * GIB),
-        enforce_eager=draft.enforce_eager,
+        enforce_eager=draft.enforce_eager if ssd.enforce_eager is None else ssd.enforce_eager,
         is_coupled=ssd.ssd_verify == "coupled",
         saguaro_c=ssd.ssd_saguaro_c,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vllm.distributed import get_world_group
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_ssd.runner_v2 import SSDModelRunnerV2
@@ -24,5 +25,6 @@ class SSDWorker(DraftHost, Worker):
             )
         # Only after vLLM has looked at how much memory is free: what the draft takes on the same device
         # between this and the sizing of the KV cache is counted as the target's.
+        get_world_group().barrier()  # all ranks have, since the draft may share another's device
         self.start_draft()
         return SSDModelRunnerV2(self.vllm_config, self.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
@@ -91,3 +92,21 @@ def test_ratio_verification_takes_the_same_laws_on_both_ranks(
     generate(llm, prompts(), sampled())
     assert_ranks_agree(llm)
     assert stats(llm)["hits"] > 20
+
+
+def test_a_draft_that_does_not_come_fails_the_start_on_both_ranks(
+    engines: Engines, pair: tuple[Path, Path]
+) -> None:
+    """The follower waits for it too; it must not wait for ever."""
+    engines.close()
+    before = set(multiprocessing.active_children())
+    began = time.monotonic()
+    try:
+        with pytest.raises(RuntimeError, match="ssd_ready_timeout"):
+            engines.get(pair[0], ssd(pair[1], 4, ssd_ready_timeout=0.01), **RANKS)
+        assert time.monotonic() - began < PATIENCE_S
+    finally:
+        # vLLM leaves them to the end of the engine's process, which here is ours.
+        for worker in set(multiprocessing.active_children()) - before:
+            worker.kill()
+            worker.join()

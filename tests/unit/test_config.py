@@ -181,18 +181,23 @@ def test_kinds_of_parallel_targets_that_are_not_known(pair: Pair, option: str) -
 
 
 def test_a_tensor_parallel_target(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 5, 7})
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "auto")
-    config = create(pair, TWO_RANKS)
-    assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "0,1,2|3,5"
-    assert config.speculative_config.draft_cores == [7]
-    assert config.speculative_config.draft_parallel_config.tensor_parallel_size == 1
+    """Each rank has physical cores of its own; and an earlier engine's binding is not the user's."""
+    on_cores(monkeypatch, {core: core % 4 for core in range(8)})
+    for _ in range(2):
+        config = create(pair, TWO_RANKS)
+        assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "0,1,4,5|2,3,6"
+        assert config.speculative_config.draft_cores == [7]
+        assert config.speculative_config.draft_parallel_config.tensor_parallel_size == 1
 
 
 def test_a_tensor_parallel_target_with_too_few_cores(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "auto")
+    on_cores(monkeypatch, {0: 0, 1: 1})
     assert_one_line(refusal(pair, TWO_RANKS), "2 ranks", "1 are left", "VLLM_CPU_OMP_THREADS_BIND")
+
+
+def test_ranks_that_schedule_by_themselves(pair: Pair) -> None:
+    engine = {"tensor_parallel_size": 2, "distributed_executor_backend": "external_launcher"}
+    assert_one_line(refusal(pair, engine), "distributed_executor_backend", "'mp' or 'ray'")
 
 
 def test_a_draft_that_vllm_takes_for_eagle(pair: Pair, tmp_path: Path) -> None:
@@ -313,13 +318,25 @@ def test_malformed_lists_of_cores(text: str) -> None:
         parse_cores(text)
 
 
+def on_cores(monkeypatch: pytest.MonkeyPatch, cores: dict[int, int]) -> None:
+    """A machine of these logical cores, each of a physical one, bound to nothing."""
+    from vllm.utils.cpu_resource_utils import LogicalCPUInfo
+
+    from vllm_ssd import config
+
+    cpus = [LogicalCPUInfo(id=core, physical_core=physical, numa_node=0) for core, physical in cores.items()]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(cores))
+    monkeypatch.setattr(config, "get_allowed_cpu_list", lambda: cpus)
+    monkeypatch.setattr(config, "_bound", None)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "auto")
+
+
 class TestCores:
     """Who gets which core, on a machine of four."""
 
     @pytest.fixture(autouse=True)
     def four_cores(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
-        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "auto")
+        on_cores(monkeypatch, {core: core for core in range(4)})
 
     @staticmethod
     def chosen(cores: str | None = None) -> list[int]:
@@ -341,12 +358,12 @@ class TestCores:
     def test_the_target_is_bound_to_the_rest(self) -> None:
         from vllm_ssd.config import _leave_cores_to_draft
 
-        _leave_cores_to_draft([1, 3])
+        _leave_cores_to_draft([1, 3], 1)
         assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "0,2"
 
     def test_a_target_bound_by_the_user_stays(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from vllm_ssd.config import _leave_cores_to_draft
 
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-2")
-        _leave_cores_to_draft([1, 3])
+        _leave_cores_to_draft([1, 3], 1)
         assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "0-2"

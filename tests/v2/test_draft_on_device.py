@@ -23,7 +23,7 @@ from vllm_ssd.kernels.noise import perturb_reference
 
 Pair = tuple[Path, Path]
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(150)
 
 VOCAB, K, NUM_BRANCHES = 512, 4, 3
 BLOCK = 16 if DEVICE == "cuda" else 32
@@ -52,7 +52,8 @@ def engine(engines: Engines, pair: Pair, tmp_path_factory: pytest.TempPathFactor
             enforce_eager=DEVICE == "cpu",
         )
     )
-    engine.warm_up(24)
+    if DEVICE == "cuda":  # which captures the graphs; vLLM's kernel for top-k does not run interpreted
+        engine.warm_up(24)
     yield engine
     del engine
     cleanup_dist_env_and_memory()
@@ -62,7 +63,7 @@ def engine(engines: Engines, pair: Pair, tmp_path_factory: pytest.TempPathFactor
 def stepping(request: pytest.FixtureRequest, engine: Any) -> Iterator[Any]:
     """The engine, with CUDA graphs and without."""
     graphs = engine._graphs
-    assert (graphs is None) == (DEVICE == "cpu")
+    assert engine.has_graphs == (DEVICE == "cuda")
     if request.param == "launched":
         engine._graphs = None
     yield engine

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch._dynamo.config
 from device import DEVICE
 from engines import Engines, generate, greedy_params, ssd, stats
 
@@ -21,10 +25,18 @@ Pair = tuple[Path, Path]
 RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "max_num_seqs": 4}
 
 
-@pytest.fixture(autouse=True)
-def one_core_each(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def two_ranks() -> Iterator[None]:
+    """Forked, so that they have this process's interpreted Triton; with a core each."""
+    from vllm.v1.executor import multiproc_executor
+
     cores = sorted(os.sched_getaffinity(0))
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
+        patch.setattr(multiproc_executor, "get_mp_context", lambda: multiprocessing.get_context("fork"))
+        # The embedding of a part of the vocabulary would be compiled, which needs a real Triton.
+        patch.setattr(torch._dynamo.config, "disable", True)
+        yield
 
 
 def prompts() -> list[list[int]]:
@@ -47,22 +59,31 @@ def tokens_in_slots(worker: Any) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def undrafted(engines: Engines, pair: Pair) -> tuple[list[list[int]], list[list[int]]]:
-    with pytest.MonkeyPatch.context() as patch:
-        cores = sorted(os.sched_getaffinity(0))
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
-        llm = engines.get(pair[0], **RANKS)
-        return generate(llm, prompts(), greedy_params(12)), generate(llm, prompts(), seeded())
+    llm = engines.get(pair[0], **RANKS)
+    return generate(llm, prompts(), greedy_params(12)), generate(llm, prompts(), seeded())
 
 
-@pytest.mark.parametrize("verify", ["coupled", "ratio"])
+def is_deferred(worker: Any) -> bool:
+    return worker.model_runner.speculator._deferred is not None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"ssd_fallback": "ngram"}, {"ssd_verify": "ratio", "ssd_fallback": "ngram"}],
+    ids=["deferred", "ngram", "ratio"],
+)
 def test_two_ranks_verify_the_same(
-    engines: Engines, pair: Pair, undrafted: tuple[list[list[int]], list[list[int]]], verify: str
+    engines: Engines,
+    pair: Pair,
+    undrafted: tuple[list[list[int]], list[list[int]]],
+    options: dict[str, Any],
 ) -> None:
     greedy, sampled = undrafted
-    llm = engines.get(pair[0], ssd(pair[1], 3, ssd_verify=verify, ssd_fallback="ngram"), **RANKS)
+    llm = engines.get(pair[0], ssd(pair[1], 3, **options), **RANKS)
+    assert llm.collective_rpc(is_deferred) == [not options, False]
     assert generate(llm, prompts(), greedy_params(12)) == greedy
     found = generate(llm, prompts(), seeded())
-    if verify == "coupled":
+    if "ssd_verify" not in options:
         assert found == sampled
     first, second = llm.collective_rpc(tokens_in_slots)
     assert first == second

@@ -18,6 +18,7 @@ import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.utils import resolve_kv_cache_layout
@@ -41,6 +42,9 @@ from vllm_ssd.noise import RecentNoise
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
+
+
+logger = init_logger("vllm.ssd")
 
 
 class UnsupportedDraft(ValueError):
@@ -134,9 +138,7 @@ class DraftEngine:
             self.likeliest([Place(predictions, 0)], num_candidates=2)
         self.copy_blocks(np.array([0]), np.array([1 % self.num_blocks]))
         if self._can_capture():
-            from vllm_ssd.kernels.noise import perturb
-
-            self.capture_graphs(sizes_up_to(max_rows), perturb, capture_cuda_graphs())
+            self._capture_cuda_graphs(max_rows)
 
     def leave_process_groups(self) -> None:
         """End what only costs time in a world of one, once nothing is compiled any more."""
@@ -221,6 +223,20 @@ class DraftEngine:
             return StepGraph(inputs, self._captured_logits(inputs), perturb, capture)
 
         self._graphs = StepGraphs(sizes, build)
+
+    def _capture_cuda_graphs(self, max_rows: int) -> None:
+        from vllm_ssd.kernels.noise import perturb
+
+        try:
+            self.capture_graphs(sizes_up_to(max_rows), perturb, capture_cuda_graphs())
+        except RuntimeError as error:  # such as a layer that waits for the device
+            logger.warning("the draft's steps cannot be CUDA graphs, which makes them slower: %s", error)
+            torch.accelerator.synchronize()
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether steps over branches are replayed."""
+        return self._graphs is not None
 
     def _can_capture(self) -> bool:
         if self.device.type != "cuda" or self.config.model_config.enforce_eager:

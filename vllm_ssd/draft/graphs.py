@@ -98,8 +98,8 @@ class StepGraphs:
 
 def sizes_up_to(max_rows: int) -> list[int]:
     """Numbers of rows to capture: none is filled up by more than half of itself, past the first."""
-    sizes = [size for size in (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512) if size < max_rows]
-    return [*sizes, min(max_rows, 512)]
+    most = min(max_rows, 512)
+    return [*(size for size in (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384) if size < most), most]
 
 
 def capture_cuda_graphs() -> Capture:
