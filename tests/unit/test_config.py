@@ -200,6 +200,18 @@ def test_ranks_that_schedule_by_themselves(pair: Pair) -> None:
     assert_one_line(refusal(pair, engine), "distributed_executor_backend", "'mp' or 'ray'")
 
 
+@pytest.mark.parametrize(
+    ("target", "draft", "is_eager"), [(True, None, True), (True, False, False), (False, True, True)]
+)
+def test_the_draft_may_be_eager_by_itself(
+    pair: Pair, target: bool, draft: bool | None, is_eager: bool
+) -> None:
+    from vllm_ssd.worker import _configure
+
+    config = create(pair, {"enforce_eager": target}, enforce_eager=draft)
+    assert _configure(config.speculative_config, config).enforce_eager == is_eager
+
+
 def test_a_draft_that_vllm_takes_for_eagle(pair: Pair, tmp_path: Path) -> None:
     eagle = tmp_path / "my-eagle-draft"
     shutil.copytree(pair[1], eagle)
