@@ -325,9 +325,11 @@ def end_to_end_one(sizes: Sizes, out: Path, dry: bool, method: str) -> list[dict
     from vllm.inputs import TokensPrompt
 
     models = out / "models" / "pair"
-    options: dict[str, Any] = {"enforce_eager": dry, "max_num_seqs": max(sizes.batches)}
-    if not dry:
-        options["gpu_memory_utilization"] = 0.7
+    options: dict[str, Any] = {
+        "enforce_eager": dry,
+        "max_num_seqs": max(sizes.batches),
+        "gpu_memory_utilization": 0.1 if dry else 0.7,  # the last method's may not be free yet
+    }
     if method != "ar":
         options["speculative_config"] = {
             "method": method,
