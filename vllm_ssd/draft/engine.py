@@ -15,40 +15,29 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.engine.arg_utils import EngineArgs
+from vllm.config import set_current_vllm_config
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model
-from vllm.platforms import current_platform
-from vllm.v1.attention.backends.utils import resolve_kv_cache_layout
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.worker.gpu.attn_utils import (
     build_slot_mappings_by_layer,
-    get_kv_cache_spec,
     init_attn_backend,
     init_kv_cache,
 )
-from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
-from vllm.v1.worker.workspace import init_workspace_manager
 
 from vllm_ssd.channel import Configure
-from vllm_ssd.compat import kv_cache_config, leave_process_groups, supported_kv_cache_layouts
+from vllm_ssd.compat import leave_process_groups
 from vllm_ssd.draft.graphs import Capture, Perturb, StepGraph, StepGraphs, capture_cuda_graphs, sizes_up_to
 from vllm_ssd.draft.inputs import StepInputs, inputs_of
+from vllm_ssd.draft.loading import UnsupportedDraft, engine_config, init_device, plan_kv_cache
 from vllm_ssd.draft.rows import Candidates, Place, Rows, RowSampling
 from vllm_ssd.noise import RecentNoise
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
 
-
 logger = init_logger("vllm.ssd")
-
-
-class UnsupportedDraft(ValueError):
-    """The draft model cannot be run with branches; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +76,12 @@ class DraftEngine:
     """
 
     def __init__(self, configure: Configure) -> None:
-        self.config = _engine_config(configure)
+        self.config = engine_config(configure)
         self.device = torch.device(configure.device)
-        _init_device(self.config, self.device, configure.table_dir)
+        init_device(self.config, self.device, configure.table_dir)
         with set_current_vllm_config(self.config):
             self.model = get_model(vllm_config=self.config)
-            self.kv_cache_config = _plan_kv_cache(self.config, configure.memory_bytes)
+            self.kv_cache_config = plan_kv_cache(self.config, configure.memory_bytes)
             self.attn_groups, _, block_sizes = init_attn_backend(
                 self.kv_cache_config, self.config, self.device
             )
@@ -360,49 +349,3 @@ def _fork_copy(caches: list[torch.Tensor]) -> Callable[[torch.Tensor, torch.Tens
             cache.index_copy_(0, targets, cache.index_select(0, sources))
 
     return copy
-
-
-def _engine_config(configure: Configure) -> VllmConfig:
-    max_rows = configure.max_rows + configure.max_slots  # branches, and a trunk row for every request
-    args = EngineArgs(
-        model=configure.model,
-        tokenizer=configure.model,
-        skip_tokenizer_init=True,
-        max_num_seqs=max_rows,
-        max_num_batched_tokens=max_rows + configure.prefill_chunk,
-        enforce_eager=configure.enforce_eager,
-        enable_prefix_caching=False,
-        disable_log_stats=True,
-        **configure.engine_args,
-    )
-    return args.create_engine_config()
-
-
-def _init_device(config: VllmConfig, device: torch.device, folder: str) -> None:
-    """What a vLLM worker does before it loads a model, for a world of one process."""
-    if device.type == "cpu":
-        import vllm.v1.worker.cpu.shm
-    else:
-        torch.accelerator.set_device_index(device)
-        init_workspace_manager(device, 1)
-    current_platform.import_kernels()
-    config.kernel_config.ir_op_priority.set_default()
-    vllm.ir.set_default_torch_wrap(config.compilation_config.ir_enable_torch_wrap)
-    with set_current_vllm_config(config):
-        init_worker_distributed_environment(
-            config, 0, f"file://{folder}/rendezvous", device.index or 0, current_platform.dist_backend
-        )
-
-
-def _plan_kv_cache(config: VllmConfig, memory_bytes: int) -> KVCacheConfig:
-    specs = get_kv_cache_spec(config)
-    if not all(type(spec) is FullAttentionSpec for spec in specs.values()):
-        kinds = sorted({type(spec).__name__ for spec in specs.values()})
-        raise UnsupportedDraft(
-            f"draft layers are {', '.join(kinds)}; choose a draft with full attention only"
-        )
-    resolve_kv_cache_layout(config, [supported_kv_cache_layouts(config)], specs.values())
-    plan = kv_cache_config(config, specs, memory_bytes)
-    if len(plan.kv_cache_groups) != 1:
-        raise UnsupportedDraft("draft layers need KV caches of different kinds; choose a uniform draft")
-    return plan

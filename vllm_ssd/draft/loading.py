@@ -1,0 +1,75 @@
+"""What comes before the draft's first step: its config, its place in vLLM's world of one, its KV cache."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import torch
+from vllm import ir
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.utils import resolve_kv_cache_layout
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
+from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec
+from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
+from vllm.v1.worker.workspace import init_workspace_manager
+
+from vllm_ssd.channel import Configure
+from vllm_ssd.compat import kv_cache_config, supported_kv_cache_layouts
+
+
+class UnsupportedDraft(ValueError):
+    """The draft model cannot be run with branches; the message says why."""
+
+
+def engine_config(configure: Configure) -> VllmConfig:
+    """vLLM's config of an engine that has the draft alone."""
+    max_rows = configure.max_rows + configure.max_slots  # branches, and a trunk row for every request
+    args = EngineArgs(
+        model=configure.model,
+        tokenizer=configure.model,
+        skip_tokenizer_init=True,
+        max_num_seqs=max_rows,
+        max_num_batched_tokens=max_rows + configure.prefill_chunk,
+        enforce_eager=configure.enforce_eager,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+        **configure.engine_args,
+    )
+    return args.create_engine_config()
+
+
+def init_device(config: VllmConfig, device: torch.device, folder: str) -> None:
+    """What a vLLM worker does before it loads a model, for a world of one process."""
+    if device.type == "cpu":
+        import_module("vllm.v1.worker.cpu.shm")
+    else:
+        torch.accelerator.set_device_index(device)
+        init_workspace_manager(device, 1)
+    current_platform.import_kernels()
+    config.kernel_config.ir_op_priority.set_default()
+    ir.set_default_torch_wrap(config.compilation_config.ir_enable_torch_wrap)
+    with set_current_vllm_config(config):
+        init_worker_distributed_environment(
+            config, 0, f"file://{folder}/rendezvous", device.index or 0, current_platform.dist_backend
+        )
+
+
+def plan_kv_cache(config: VllmConfig, memory_bytes: int) -> KVCacheConfig:
+    """So much of it, in one layout for all layers.
+
+    Raises:
+        UnsupportedDraft: if the layers are not all full attention, or not alike.
+    """
+    specs = get_kv_cache_spec(config)
+    if not all(type(spec) is FullAttentionSpec for spec in specs.values()):
+        kinds = sorted({type(spec).__name__ for spec in specs.values()})
+        raise UnsupportedDraft(
+            f"draft layers are {', '.join(kinds)}; choose a draft with full attention only"
+        )
+    resolve_kv_cache_layout(config, [supported_kv_cache_layouts(config)], specs.values())
+    plan = kv_cache_config(config, specs, memory_bytes)
+    if len(plan.kv_cache_groups) != 1:
+        raise UnsupportedDraft("draft layers need KV caches of different kinds; choose a uniform draft")
+    return plan
