@@ -8,7 +8,7 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor
 
-from vllm_ssd.draft.engine import saguaro
+from vllm_ssd.draft.sampling import saguaro
 from vllm_ssd.draft_laws import DraftLaw, PointMass
 from vllm_ssd.noise import draft_seed, gumbel
 from vllm_ssd.ratio import verify

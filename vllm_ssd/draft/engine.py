@@ -19,7 +19,6 @@ from vllm.config import set_current_vllm_config
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model
-from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.worker.gpu.attn_utils import (
     build_slot_mappings_by_layer,
     init_attn_backend,
@@ -32,7 +31,7 @@ from vllm_ssd.draft.graphs import Capture, Perturb, StepGraph, StepGraphs, captu
 from vllm_ssd.draft.inputs import StepInputs, inputs_of
 from vllm_ssd.draft.loading import UnsupportedDraft, engine_config, init_device, plan_kv_cache
 from vllm_ssd.draft.rows import Candidates, Place, Rows, RowSampling
-from vllm_ssd.noise import RecentNoise
+from vllm_ssd.draft.sampling import DraftSampler, SampledRows
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
@@ -55,7 +54,7 @@ class Step:
 
     inputs: StepInputs
     wanted: torch.Tensor | None  # [L], which tokens' predictions; None: all
-    sampling: RowSampling | None
+    sampling: SampledRows | None
 
     @property
     def wanted_positions(self) -> torch.Tensor:
@@ -92,9 +91,13 @@ class DraftEngine:
         self.vocab_size = self.config.model_config.get_vocab_size()
         self.max_model_len = self.config.model_config.max_model_len
         self._is_coupled = configure.is_coupled
-        self._saguaro_c = configure.saguaro_c
-        self._saguaro_tokens = max(1, configure.branch_budget // (configure.num_speculative_tokens + 1))
-        self._noise = RecentNoise(self.vocab_size, self.device)
+        self._sampler = DraftSampler(
+            self.vocab_size,
+            self.device,
+            configure.is_coupled,
+            configure.saguaro_c,
+            saguaro_tokens=max(1, configure.branch_budget // (configure.num_speculative_tokens + 1)),
+        )
         self.kv_caches: list[torch.Tensor] = list(kv_caches.values())  # each [num_blocks, ...]
         for cache in self.kv_caches:
             if cache.shape[0] != self.kv_cache_config.num_blocks:
@@ -159,9 +162,11 @@ class DraftEngine:
             self._graph = self._graphs.load(rows)
         if self._graph is not None:
             return StepPredictions(*self._graph.step())
-        is_wanted = len(rows.wanted) < len(rows.tokens)
-        inputs = inputs_of(rows, self.block_size, self._slots_by_layer, self.device)
-        self._last = Step(inputs, self._to_device(rows.wanted) if is_wanted else None, rows.sampling)
+        self._last = Step(
+            inputs_of(rows, self.block_size, self._slots_by_layer, self.device),
+            self._to_device(rows.wanted) if len(rows.wanted) < len(rows.tokens) else None,
+            self._sampler.prepare(rows.sampling) if rows.sampling else None,
+        )
         return self._run(self._last)
 
     @torch.inference_mode()
@@ -269,72 +274,13 @@ class DraftEngine:
         return self.model.compute_logits(hidden if wanted is None else hidden[wanted]).float()
 
     def _run(self, step: Step) -> StepPredictions:
-        logits, laws = self._logits(step.inputs, self._metadata(step.inputs), step.wanted), None
-        if step.sampling is None:
-            self._drafts = logits.argmax(dim=-1)
-        else:
-            logits, laws = self._sampled(logits, step.sampling, step.wanted_positions)
-        return StepPredictions(logits, self._drafts.cpu().numpy(), laws)
-
-    def _sampled(
-        self, logits: torch.Tensor, sampling: RowSampling, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, Float32Array | None]:
-        """Find drafts at L positions, of which some are sampled.
-
-        Returns:
-            [L, V] what candidates are ranked by, and [L, V] the laws that drafts were drawn from.
-        """
-        temperatures = self._to_device(sampling.temperatures)[:, None]
-        is_greedy = temperatures == 0
-        logits = logits / temperatures.masked_fill(is_greedy, 1.0)
-        top_k = np.where(sampling.top_k > 0, sampling.top_k, self.vocab_size).clip(max=self.vocab_size)
-        logits = apply_top_k_top_p(
-            logits,
-            self._to_device(top_k) if sampling.top_k.any() else None,
-            self._to_device(sampling.top_p) if (sampling.top_p < 1).any() else None,
-        )
-        if self._is_coupled:
-            logits = self._perturbed(logits, is_greedy, sampling, positions)
-            self._drafts = logits.argmax(dim=-1)
-            return logits, None
-        laws = logits.softmax(dim=-1)
-        if self._saguaro_c < 1:
-            laws = saguaro(laws, self._saguaro_tokens, self._saguaro_c).where(~is_greedy, laws)
-        self._drafts = self._perturbed(laws.log(), is_greedy, sampling, positions).argmax(dim=-1)
-        return logits, laws.cpu().numpy()
-
-    def _perturbed(
-        self, logits: torch.Tensor, is_greedy: torch.Tensor, sampling: RowSampling, positions: torch.Tensor
-    ) -> torch.Tensor:
-        """[L, V] with the keyed noise added where rows are sampled."""
-        if self.device.type == "cuda":
-            from vllm_ssd.kernels.noise import perturb
-
-            return perturb(logits, (~is_greedy[:, 0]).float(), self._to_device(sampling.seeds), positions)
-        noise = self._noise(sampling.seeds.tolist(), positions.tolist())
-        return logits + noise.masked_fill_(is_greedy, 0.0)
+        logits = self._logits(step.inputs, self._metadata(step.inputs), step.wanted)
+        chosen = self._sampler.choose(logits, step.sampling, step.wanted_positions)
+        self._drafts = chosen.drafts
+        return StepPredictions(chosen.logits, chosen.drafts.cpu().numpy(), chosen.laws)
 
     def _to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)
-
-
-def saguaro(laws: torch.Tensor, num_tokens: int, weight: float) -> torch.Tensor:
-    """Saguaro sampling (arXiv 2603.03251, definition 14): less of the likeliest tokens in each law.
-
-    What the draft draws less often than the target is what the recovery token is drawn from; so recovery
-    tokens fall on the likeliest tokens, which have branches. Acceptance falls in turn.
-
-    Args:
-        laws: [L, V].
-        num_tokens: F, how many tokens of each law count as likeliest.
-        weight: C in (0, 1], what their probability is multiplied by.
-
-    Returns:
-        [L, V], renormalised.
-    """
-    top = laws.topk(min(num_tokens, laws.shape[-1]), dim=-1)
-    laws = laws.scatter(-1, top.indices, top.values * weight)
-    return laws / laws.sum(dim=-1, keepdim=True)
 
 
 def _fork_copy(caches: list[torch.Tensor]) -> Callable[[torch.Tensor, torch.Tensor], None]:
