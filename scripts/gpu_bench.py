@@ -85,6 +85,7 @@ def multi_process_service() -> Iterator[Callable[[], bool]]:
     """
     folder = Path(tempfile.mkdtemp(prefix="mps-"))  # a short path: there will be sockets in it
     where = {"CUDA_MPS_PIPE_DIRECTORY": folder / "pipe", "CUDA_MPS_LOG_DIRECTORY": folder / "log"}
+    before = {name: os.environ.get(name) for name in where}
     for name, path in where.items():
         path.mkdir()
         os.environ[name] = str(path)
@@ -93,8 +94,10 @@ def multi_process_service() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(_ask_service("get_server_list"))
     finally:
         _ask_service("quit")
-        for name in where:
-            del os.environ[name]
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
@@ -71,7 +72,7 @@ class SSDSpeculativeConfig(SpeculativeConfig):
     not speculate where nothing pays."""
     ssd_draft_device: str | None = None
     """On CUDA, the draft's GPU, as in "cuda:1", counted as CUDA_VISIBLE_DEVICES leaves them. Default: the
-    last one, which is the target's own if there is no other: then both take turns on it."""
+    last one, which may be the target's own: then both take turns on it."""
     ssd_draft_cores: str | None = None
     """CPU cores of the draft process, as in "1" or "8-11,15". Default: the last core the target leaves; on
     CUDA, all."""
@@ -148,8 +149,8 @@ def _schedule_what_is_planned(engine_args: Any) -> None:
     engine_args.async_scheduling = False
 
 
-def parse_cores(text: str) -> list[int]:
-    """The cores that a text such as "0,4-6" names: [0, 4, 5, 6].
+def parse_cores(text: str, option: str = "ssd_draft_cores") -> list[int]:
+    """The cores that a text such as "0,4-6" names: [0, 4, 5, 6]. `option` is where it was given.
 
     Raises:
         ValueError: if the text is not a list of core numbers and ranges.
@@ -162,7 +163,7 @@ def parse_cores(text: str) -> list[int]:
         except ValueError:
             named = range(0)
         if not named:
-            raise ValueError(f"ssd_draft_cores={text!r} is not of the form '1' or '8-11,15'")
+            raise ValueError(f"{option}={text!r} is not of the form '1' or '8-11,15'")
         cores.extend(named)
     return cores
 
@@ -269,7 +270,7 @@ def _choose_draft_device(ssd: SSDSpeculativeConfig) -> str:
             "with Ray the target's worker sees its own GPUs only; name the draft's: ssd_draft_device"
         )
     if chosen is None:
-        return f"cuda:{num_devices - 1}"  # with one GPU, the target's own
+        return f"cuda:{num_devices - 1}"  # the target's, if it has them all
     if chosen not in [f"cuda:{index}" for index in range(num_devices)]:
         raise ValueError(f"ssd_draft_device={chosen!r} is none of cuda:0 to cuda:{num_devices - 1}")
     return chosen
@@ -294,7 +295,7 @@ def _target_cores() -> set[int]:
     binding = _binding_by_user()
     if binding in ("", "auto", "nobind"):
         return set()
-    return {core for part in binding.split("|") for core in parse_cores(part)}
+    return {core for part in binding.split("|") for core in parse_cores(part, _BINDING)}
 
 
 def _binding_by_user() -> str:
@@ -309,14 +310,28 @@ def _leave_cores_to_draft(draft_cores: list[int], num_ranks: int) -> None:
     global _bound
     if _binding_by_user() != "auto":
         return
-    # Ranks get neighbours: as far as possible neither a memory node nor a physical core is split.
-    cpus = sorted(get_allowed_cpu_list(), key=lambda cpu: (cpu.numa_node, cpu.physical_core, cpu.id))
-    rest = [cpu.id for cpu in cpus if cpu.id not in draft_cores]
-    if len(rest) < num_ranks > 1:
+    shares = _shares_of_ranks(draft_cores, num_ranks)
+    if num_ranks > 1 and not all(shares):
         raise ValueError(
-            f"{num_ranks} ranks of the target need a core each beside the draft's, and {len(rest)} are left; "
-            f"set {_BINDING}, such as '0|1', to let them share"
+            f"{num_ranks} ranks of the target need a core each beside the draft's; set {_BINDING}, such as "
+            "'0|1', to let them share"
         )
-    if rest:
-        shares = [_format_cores(sorted(share.tolist())) for share in np.array_split(rest, num_ranks)]
-        os.environ[_BINDING] = _bound = "|".join(shares)
+    if any(shares):
+        os.environ[_BINDING] = _bound = "|".join(_format_cores(sorted(share)) for share in shares)
+
+
+def _shares_of_ranks(draft_cores: list[int], num_ranks: int) -> list[list[int]]:
+    """The logical cores of each rank: neighbours, and where there are enough, whole physical cores that have
+    nothing of the draft's."""
+    cpus = sorted(get_allowed_cpu_list(), key=lambda cpu: (cpu.numa_node, cpu.physical_core, cpu.id))
+    physical = [
+        [cpu.id for cpu in group]
+        for _, group in groupby(cpus, key=lambda cpu: (cpu.numa_node, cpu.physical_core))
+    ]
+    free = [group for group in physical if not set(group) & set(draft_cores)]
+    if len(free) < num_ranks:
+        free = [[cpu.id] for cpu in cpus if cpu.id not in draft_cores]
+    return [
+        [core for index in share for core in free[index]]
+        for share in np.array_split(np.arange(len(free)), num_ranks)
+    ]

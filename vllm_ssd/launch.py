@@ -26,6 +26,7 @@ class DraftProcess:
         environment = {name: value for name, value in os.environ.items() if name not in _OPENMP_BINDING}
         environment.pop("VLLM_USE_V2_MODEL_RUNNER", None)  # concerns the target; the draft has no runner
         environment["OMP_NUM_THREADS"] = str(len(configure.cores) if configure.device == "cpu" else 1)
+        environment["PYTHONSAFEPATH"] = "1"  # the installed package, also where there is a checkout around
         environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         environment["VLLM_LOGGING_PREFIX"] = "[ssd draft] "
         self._process = subprocess.Popen(

@@ -96,8 +96,10 @@ def replaying(engine: Any) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "_captured_logits", captured_logits)
         engine.capture_graphs([4, 24, 48], perturb, lambda step: step)
-    yield
-    engine._graphs = engine._graph = None
+    try:
+        yield
+    finally:
+        engine._graphs = engine._graph = None
 
 
 @pytest.fixture(params=["launched", "replayed"])
@@ -238,6 +240,7 @@ def test_sampled_branches_are_the_same_from_a_graph(model: Model) -> None:
         steps = []
         for temperatures in ([0.7, 0.0, 1.3], [0.0, 0.0, 0.9], None):
             steps += [engine.forward(branches(temperatures)), engine.advance(), engine.advance()]
+            assert (engine._graph is not None) == engine.has_graphs
         return [(step.drafts.tolist(), step.logits) for step in steps]
 
     def branches(temperatures: list[float] | None) -> Rows:

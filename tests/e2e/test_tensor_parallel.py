@@ -66,7 +66,7 @@ def test_greedy_tokens_are_those_without_speculation(engines: Engines, pair: tup
 
 
 def test_sampled_tokens_do_not_depend_on_the_draft(engines: Engines, pair: tuple[Path, Path]) -> None:
-    """Seeds that vLLM draws by itself are the same on both ranks too, or they would part."""
+    """Seeds of requests that have none are drawn alike on both ranks, or they would part."""
     llm = engines.get(pair[0], ssd(pair[1], 4, ssd_max_restarts=0, ssd_planner=True), **RANKS)
     llm.collective_rpc(give_draft_time)
     llm.collective_rpc("ssd_plan", args=(4, 8))  # the planner has timed both ranks; what it plans is its own
@@ -78,6 +78,7 @@ def test_sampled_tokens_do_not_depend_on_the_draft(engines: Engines, pair: tuple
     deadline = time.monotonic() + PATIENCE_S
     while is_running(pid) and time.monotonic() < deadline:
         time.sleep(0.01)
+    assert not is_running(pid)
     without = generate(llm, prompts(), sampled())
     assert [with_draft[i] for i in seeded] == [without[i] for i in seeded]
     assert_ranks_agree(llm)
@@ -100,11 +101,9 @@ def test_a_draft_that_does_not_come_fails_the_start_on_both_ranks(
     """The follower waits for it too; it must not wait for ever."""
     engines.close()
     before = set(multiprocessing.active_children())
-    began = time.monotonic()
     try:
         with pytest.raises(RuntimeError, match="ssd_ready_timeout"):
             engines.get(pair[0], ssd(pair[1], 4, ssd_ready_timeout=0.01), **RANKS)
-        assert time.monotonic() - began < PATIENCE_S
     finally:
         # vLLM leaves them to the end of the engine's process, which here is ours.
         for worker in set(multiprocessing.active_children()) - before:

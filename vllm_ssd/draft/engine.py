@@ -43,7 +43,9 @@ logger = init_logger("vllm.ssd")
 class StepPredictions:
     """See `vllm_ssd.draft.rows.Predictions`; L positions."""
 
-    logits: torch.Tensor  # [L, V], as drafts are chosen by: tempered, restricted, with the noise added
+    logits: (
+        torch.Tensor
+    )  # [L, V], what candidates are ranked by: tempered, restricted, in coupled rows with the noise
     drafts: Int64Array
     laws: Float32Array | None = None
 
@@ -114,7 +116,7 @@ class DraftEngine:
         dynamic: it has to have several rows of different lengths.
 
         Args:
-            max_rows: most rows of a step.
+            max_rows: most branches of a step; trunk rows come on top.
         """
         num_rows = min(16, max_rows)
         self._run_on_scratch_blocks(num_rows, 2)
@@ -235,11 +237,12 @@ class DraftEngine:
     def _can_capture(self) -> bool:
         if self.device.type != "cuda" or self.config.model_config.enforce_eager:
             return False
-        return all(
+        for group in self.attn_groups[0]:
             # A block table that is translated for the kernel would stay that of the capture.
-            group.supports_draft_decode_metadata_update and group.kernel_block_size is None
-            for group in self.attn_groups[0]
-        )
+            if not group.supports_draft_decode_metadata_update or group.kernel_block_size is not None:
+                logger.warning("%s has no CUDA graphs of the draft's steps", group.backend.get_name())
+                return False
+        return True
 
     def _captured_logits(self, inputs: StepInputs) -> Callable[[], torch.Tensor]:
         """What computes the logits of these inputs as they are each time, with nothing left to the host."""

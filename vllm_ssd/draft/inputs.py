@@ -24,7 +24,7 @@ class StepInputs:
     row_of_token: Tensor  # [N]
     slots: Tensor  # [N], where each token's KV goes
     slots_by_layer: dict[str, Tensor]
-    attention: CommonAttentionMetadata
+    attention: CommonAttentionMetadata  # of R rows; block table [R, blocks]
     block_size: int
 
     def find_slots(self) -> None:
@@ -43,7 +43,7 @@ class StepInputs:
         """Let what the host knows of the rows follow."""
         attention = self.attention
         attention.max_seq_len += 1
-        if attention.seq_lens.device.type != "cpu":  # there both are one tensor
+        if attention.seq_lens.device.type != "cpu":  # on the CPU both are one tensor
             attention.seq_lens_cpu_upper_bound += 1
 
 

@@ -41,7 +41,11 @@ def engine_config(configure: Configure) -> VllmConfig:
 
 
 def init_device(config: VllmConfig, device: torch.device, folder: str) -> None:
-    """What a vLLM worker does before it loads a model, for a world of one process."""
+    """What a vLLM worker does before it loads a model, for a world of one process.
+
+    Args:
+        folder: for the file by which vLLM's processes find one another.
+    """
     if device.type == "cpu":
         import_module("vllm.v1.worker.cpu.shm")
     else:
@@ -57,7 +61,10 @@ def init_device(config: VllmConfig, device: torch.device, folder: str) -> None:
 
 
 def plan_kv_cache(config: VllmConfig, memory_bytes: int) -> KVCacheConfig:
-    """So much of it, in one layout for all layers.
+    """Plan the KV cache, in one layout for all layers.
+
+    Args:
+        memory_bytes: for all of it.
 
     Raises:
         UnsupportedDraft: if the layers are not all full attention, or not alike.
