@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import Engines, generate, greedy_params, in_worker, is_running, metric, ssd, stats
+from engines import (
+    Engines,
+    generate,
+    give_draft_time,
+    greedy_params,
+    in_worker,
+    is_running,
+    metric,
+    ssd,
+    stats,
+)
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -134,6 +144,7 @@ def test_identical_when_preempted(
 ) -> None:
     target, draft = pair
     llm = engines.get(target, ssd(draft, 4), **few_blocks())
+    in_worker(llm, give_draft_time)
     assert generate(llm, short_prompts(), greedy_params(100)) == short_reference
     assert metric(llm, "vllm:num_preemptions") > 0
     assert stats(llm)["hits"] > 0
