@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from vllm.config import ParallelConfig
@@ -64,8 +66,9 @@ def shared_laws(laws: list[DraftLaw]) -> list[DraftLaw]:
     return get_tp_group().broadcast_object(laws)
 
 
-def share_rows(table: Tensor, rows: Tensor) -> None:
+def share_rows(table: Tensor, rows: npt.NDArray[np.intp]) -> None:
     """Copy these rows of the leader's table into the same rows of all others'."""
     group = get_tp_group()
     if group.world_size > 1 and len(rows):
-        table[rows] = group.device_communicator.broadcast(table[rows])
+        index = torch.from_numpy(rows).long().to(table.device)
+        table[index] = group.device_communicator.broadcast(table[index])

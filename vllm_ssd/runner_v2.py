@@ -165,9 +165,8 @@ class SSDSpeculator(BaseSpeculator):
                 law = PointMass()
             logits = law_as_logits(law, tokens, float(temperatures[slot]), self.draft_logits.shape[-1])
             self.draft_logits[slot, : len(tokens)] = async_tensor_h2d(logits, device=self._device)
-        is_sampled = temperatures[input_batch.idx_mapping_np] > 0
-        slots = torch.from_numpy(input_batch.idx_mapping_np[is_sampled]).long()
-        share_rows(self.draft_logits, slots.to(self._device))
+        slots = input_batch.idx_mapping_np
+        share_rows(self.draft_logits, slots[temperatures[slots] > 0])
 
     def new_tokens(
         self, request_ids: Sequence[str], counts: Sequence[int], last: Sequence[int]
