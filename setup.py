@@ -9,7 +9,6 @@ from setuptools import setup
 REQUIRES = [
     "msgspec",
     "numpy",
-    "pyzmq",
 ]
 
 EXTRAS = {

@@ -1,26 +1,34 @@
 """The few messages between the target's worker and the draft process: typed, versioned, no pickle.
 
 `Configure` travels once, as a JSON line on the draft's standard input; everything else is MessagePack over
-a ZeroMQ PAIR socket (ipc on one host). Messages of one direction arrive in order or not at all: a sender
-that finds the queue full is told so and starts its requests anew under fresh epochs.
+a Unix socket. Messages of one direction arrive in order or not at all: a sender that finds the queue full is
+told so and starts its requests anew under fresh epochs.
+
+A plain socket and not ZeroMQ, whose threads need a turn on cores that target and draft keep busy: an outcome
+then reaches the draft up to some milliseconds late, and its drafts with it.
 """
 
 from __future__ import annotations
 
+import select
+import socket
+import struct
+import time
 from typing import Any
 
 import msgspec
-import zmq
 
 PROTOCOL_VERSION = 4
-HIGH_WATER_MARK = 4096  # messages; a draft that far behind is as good as gone
+MAX_UNSENT_BYTES = 64 << 20  # beside what the system holds; a draft that far behind is as good as gone
+_READ_BYTES = 1 << 16
+_LENGTH = struct.Struct("<I")  # in bytes, before each message
 
 
 class Configure(msgspec.Struct, frozen=True, kw_only=True):
     """Everything the draft process has to know before it loads its model."""
 
     protocol: int = PROTOCOL_VERSION
-    address: str  # where the target's worker listens, a ZeroMQ endpoint
+    address: str  # where the target's worker listens: the path of a Unix socket
     shared_dir: str  # folder of the counters, which outlive a draft process
     table_dir: str  # folder of this draft process's outcome cache
     model: str
@@ -132,42 +140,97 @@ class Channel:
     """One end of the connection; `ToDraft` flows one way and `ToTarget` the other.
 
     Args:
-        address: ZeroMQ endpoint.
-        bind: True at the target's end, which outlives its drafts.
+        address: path of a Unix socket.
+        bind: True at the target's end, which is there first.
         receives: the union of message types that this end accepts.
+
+    Raises:
+        OSError: if nobody listens at the address, or (with `bind`) it cannot be had.
     """
 
     def __init__(self, address: str, *, bind: bool, receives: Any) -> None:
-        self._context = zmq.Context(io_threads=1)
-        self._socket = self._context.socket(zmq.PAIR)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
-        self._socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
-        self._socket.bind(address) if bind else self._socket.connect(address)
+        self._listener: socket.socket | None = None
+        self._peer: socket.socket | None = None
+        end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        if bind:
+            end.bind(address)
+            end.listen(1)
+            self._listener = end
+        else:
+            end.connect(address)
+            self._peer = end
+        end.setblocking(False)
+        self._unsent = bytearray()
+        self._unread = bytearray()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(receives)
 
     def send(self, message: ToDraft | ToTarget) -> bool:
         """Queue a message without waiting. False: the peer is gone or too far behind, nothing was sent."""
-        try:
-            self._socket.send(self._encoder.encode(message), zmq.NOBLOCK)
-        except zmq.Again:
+        if not self._flush() or len(self._unsent) > MAX_UNSENT_BYTES:
             return False
-        return True
+        encoded = self._encoder.encode(message)
+        self._unsent += _LENGTH.pack(len(encoded)) + encoded
+        return self._flush()
 
     def receive(self, timeout_ms: int = 0) -> Any | None:
         """The next message, or None when none came within `timeout_ms`.
 
         Raises:
-            msgspec.ValidationError: on a message this end does not know.
+            msgspec.DecodeError: on a message this end does not know.
         """
-        if timeout_ms and not self._socket.poll(timeout_ms):
+        message = self._read()
+        deadline = time.monotonic() + timeout_ms / 1000
+        while message is None and (left := deadline - time.monotonic()) > 0:
+            news = select.poll()
+            news.register(self._peer or self._listener, select.POLLIN)  # type: ignore[arg-type]
+            news.poll(1000 * left)
+            message = self._read()
+        return message
+
+    def close(self) -> None:
+        """Hang up; what was sent can still be read."""
+        for end in (self._listener, self._peer):
+            if end is not None:
+                end.close()
+
+    def _flush(self) -> bool:
+        """Send what can be sent now, the rest goes with a later message; False if there is no peer."""
+        peer = self._connected()
+        try:
+            while self._unsent and peer is not None:
+                del self._unsent[: peer.send(self._unsent)]
+        except BlockingIOError:
+            pass
+        except ConnectionError:
+            return False
+        return peer is not None
+
+    def _connected(self) -> socket.socket | None:
+        """The peer, as soon as there is one."""
+        if self._peer is None and self._listener is not None:
+            try:
+                self._peer, _ = self._listener.accept()
+            except BlockingIOError:
+                return None
+            self._peer.setblocking(False)
+        return self._peer
+
+    def _read(self) -> Any | None:
+        peer = self._connected()
+        if peer is None:
             return None
         try:
-            return self._decoder.decode(self._socket.recv(zmq.NOBLOCK))
-        except zmq.Again:
+            while len(read := peer.recv(_READ_BYTES)) == _READ_BYTES:
+                self._unread += read
+            self._unread += read
+        except (BlockingIOError, ConnectionError):
+            pass  # what came before stands
+        if len(self._unread) < _LENGTH.size:
             return None
-
-    def close(self, linger_ms: int = 0) -> None:
-        """Free the endpoint; what is still queued gets `linger_ms` to leave."""
-        self._context.destroy(linger=linger_ms)
+        end = _LENGTH.size + _LENGTH.unpack_from(self._unread)[0]
+        if len(self._unread) < end:
+            return None
+        encoded = self._unread[_LENGTH.size : end]
+        del self._unread[:end]
+        return self._decoder.decode(encoded)

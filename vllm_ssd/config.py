@@ -76,6 +76,9 @@ class SSDSpeculativeConfig(SpeculativeConfig):
     ssd_draft_cores: str | None = None
     """CPU cores of the draft process, as in "1" or "8-11,15". Default: the last core the target leaves; on
     CUDA, all."""
+    ssd_draft_dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    """Type of the draft's weights and activations, and of its KV cache unless `kv_cache_dtype` is given.
+    auto: the target's. It decides how much is accepted, never the law of what is generated."""
     ssd_draft_memory: float = Field(default=0.5, gt=0)
     """GiB of KV cache in the draft process."""
     ssd_prefill_chunk: int = Field(default=256, ge=1)

@@ -151,7 +151,7 @@ class DraftSupervisor:
         self._incarnation += 1
         self._table_dir = Path(self._configure.shared_dir) / f"draft-{self._incarnation}"
         self._table_dir.mkdir()
-        address = f"ipc://{self._table_dir}/socket"
+        address = str(self._table_dir / "socket")
         self._configure = msgspec.structs.replace(
             self._configure, address=address, table_dir=str(self._table_dir)
         )

@@ -192,8 +192,9 @@ class TargetsDraft:
 def _configure(ssd: SSDSpeculativeConfig, vllm_config: VllmConfig) -> Configure:
     draft = ssd.draft_model_config
     device = ssd.draft_device
+    target_dtype = str(draft.dtype).removeprefix("torch.")  # vLLM gives the draft's config the target's
     engine_args = {
-        "dtype": str(draft.dtype).removeprefix("torch."),
+        "dtype": target_dtype if ssd.ssd_draft_dtype == "auto" else ssd.ssd_draft_dtype,
         "max_model_len": draft.max_model_len,
         "block_size": DRAFT_BLOCK_SIZES[device.partition(":")[0]],
         "quantization": draft.quantization,

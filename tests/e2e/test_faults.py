@@ -206,7 +206,7 @@ def test_the_draft_ends_when_its_parent_is_killed(pair: tuple[Path, Path], tmp_p
 
     asked = configure(
         tmp_path,
-        address=f"ipc://{tmp_path}/s",
+        address=str(tmp_path / "s"),
         model=str(pair[1]),
         engine_args={"dtype": "float32", "max_model_len": 128, "block_size": 32},
         cores=[max(os.sched_getaffinity(0))],

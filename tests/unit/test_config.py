@@ -212,6 +212,14 @@ def test_the_draft_may_be_eager_by_itself(
     assert _configure(config.speculative_config, config).enforce_eager == is_eager
 
 
+@pytest.mark.parametrize(("asked", "given"), [("auto", "float32"), ("bfloat16", "bfloat16")])
+def test_the_draft_may_have_a_type_of_its_own(pair: Pair, asked: str, given: str) -> None:
+    from vllm_ssd.worker import _configure
+
+    config = create(pair, {"dtype": "float32"}, ssd_draft_dtype=asked)
+    assert _configure(config.speculative_config, config).engine_args["dtype"] == given
+
+
 def test_a_draft_that_vllm_takes_for_eagle(pair: Pair, tmp_path: Path) -> None:
     eagle = tmp_path / "my-eagle-draft"
     shutil.copytree(pair[1], eagle)

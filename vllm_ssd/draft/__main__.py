@@ -30,7 +30,7 @@ def main() -> None:
         server = _build_server(configure, channel)
     except Exception as error:
         channel.send(Failed(f"{type(error).__name__}: {error}"))
-        channel.close(linger_ms=2000)
+        channel.close()
         raise SystemExit(1) from error
     server.run()
     channel.close()
