@@ -139,7 +139,7 @@ def fallbacks() -> Figure:
 
 def verifiers() -> Figure:
     """Three verifiers, and what vLLM has, each with two K."""
-    ssd = {"ssd_branch_budget": 12, "ssd_max_rows": 32}
+    ssd = {"ssd_branch_budget": 12, "ssd_max_rows": 32, "ssd_draft_dtype": "bfloat16"}
     kinds: dict[str, tuple[str, dict[str, Any]]] = {
         "coupled": ("ssd", ssd),
         "ratio": ("ssd", ssd | {"ssd_verify": "ratio"}),

@@ -19,6 +19,7 @@ from vllm_ssd.shared import default_shared_folder
 
 GIB = 1 << 30
 MAX_SPECULATIVE_TOKENS = 16
+MAX_FOLDER_BYTES = 85  # the path of a Unix socket has at most 107, and ours lies in a folder of its draft
 
 # Options of SpeculativeConfig that belong to other methods: name -> the only value SSD takes.
 _FIXED_OPTIONS: dict[str, Any] = {
@@ -105,6 +106,7 @@ class SSDSpeculativeConfig(SpeculativeConfig):
         _check_models(self)
         _check_branches(self)
         self.ssd_shared_dir = self.ssd_shared_dir or str(default_shared_folder())
+        _check_folder(self.ssd_shared_dir)
         self.ssd_draft_device = _choose_draft_device(self)
         self.ssd_draft_cores = _format_cores(_choose_draft_cores(self))
 
@@ -213,6 +215,14 @@ def _check_platform(ssd: SSDSpeculativeConfig) -> None:
     if parallel.tensor_parallel_size > 1 and parallel.distributed_executor_backend == "external_launcher":
         # There each rank has a scheduler of its own, which would not hear of the leader's drafts.
         raise ValueError("method 'ssd' with several ranks needs distributed_executor_backend 'mp' or 'ray'")
+
+
+def _check_folder(folder: str) -> None:
+    if len(os.fsencode(folder)) > MAX_FOLDER_BYTES:
+        raise ValueError(
+            f"ssd_shared_dir={folder!r} is too long for the path of a socket; "
+            f"choose one of at most {MAX_FOLDER_BYTES} bytes"
+        )
 
 
 def _check_models(ssd: SSDSpeculativeConfig) -> None:

@@ -83,6 +83,6 @@ def global_fanout(log_probs: Sequence[npt.NDArray[np.float32]], branch_budget: i
     Returns:
         Branches per accepted length; their sum is the budget, or all outcomes if those are fewer.
     """
-    lengths = np.concatenate([np.full(len(values), i) for i, values in enumerate(log_probs)])
+    lengths = np.repeat(np.arange(len(log_probs)), [len(values) for values in log_probs])
     best = np.argsort(-np.concatenate(log_probs), kind="stable")[:branch_budget]
     return np.bincount(lengths[best], minlength=len(log_probs)).tolist()

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,10 +30,10 @@ class Places:
     @cached_property
     def of_drafts(self) -> tuple[Tensor, Tensor]:
         """Of each draft's place: its row [N], and its position [N] (that of the token before it)."""
-        counts = self.num_drafts
-        rows = torch.arange(len(counts)).repeat_interleave(counts)
-        offsets = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
-        return rows, self.positions[rows] + offsets
+        counts = self.num_drafts.numpy()
+        rows = np.repeat(np.arange(len(counts)), counts)
+        offsets = np.arange(len(rows)) - (counts.cumsum() - counts)[rows]
+        return torch.from_numpy(rows), torch.from_numpy(self.positions.numpy()[rows] + offsets)
 
     @property
     def draft_noise(self) -> Tensor:

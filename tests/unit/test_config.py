@@ -136,6 +136,7 @@ REFUSED: list[Any] = [
     ({"rejection_sample_method": "block"}, ("rejection_sample_method", "remove it")),
     ({"parallel_drafting": True}, ("parallel_drafting", "remove it")),
     ({"draft_tensor_parallel_size": 2}, ("draft_tensor_parallel_size",)),
+    ({"ssd_shared_dir": "/dev/shm/" + 80 * "x"}, ("ssd_shared_dir", "at most 85 bytes")),
 ]
 
 
@@ -151,6 +152,7 @@ def test_refused_options(pair: Pair, options: dict[str, Any], parts: tuple[str, 
     [
         {"ssd_branch_budget": 0},
         {"ssd_fallback": "guess"},
+        {"ssd_draft_dtype": "int4"},
         {"ssd_wait_ms": -1.0},
         {"ssd_draft_memory": 0.0},
         {"ssd_max_rows": 0},
