@@ -1,8 +1,8 @@
 """Keyed sampling of draft rows: temperature and keyed Gumbel noise over whole rows of logits, in one pass.
 
-The noise is that of `vllm_ssd.noise.gumbel`, which as plain PyTorch takes some thirty passes over [L, V]
-integers. What the draft needs of the result are the first few: `topk` of it are the likeliest outcomes of a
-coupled row, its argmax is a sample of the law.
+The noise is that of `vllm_ssd.noise.gumbel`, which as plain PyTorch takes some sixty operations. What the
+draft needs of the result are the first few: `topk` of it are the likeliest outcomes of a coupled row, its
+argmax is a sample of the law.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_ssd.noise import gumbel
-
 _BLOCK = 1024
+_MASK = 0xFFFFFFFF
 
 
 def perturb(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
@@ -113,5 +112,28 @@ def _gumbel(random):
 def perturb_reference(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
     """`perturb` in plain PyTorch."""
     is_greedy = (temperatures == 0)[:, None]
-    noise = gumbel(seeds, positions, logits.shape[-1]).masked_fill_(is_greedy, 0.0)
+    noise = gumbel_reference(seeds, positions, logits.shape[-1]).masked_fill_(is_greedy, 0.0)
     return logits.float() / temperatures[:, None].masked_fill(is_greedy, 1.0) + noise
+
+
+def gumbel_reference(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    """`vllm_ssd.noise.gumbel` in plain PyTorch, on any device."""
+    state = torch.zeros_like(seeds)
+    for key in (seeds, seeds >> 32, positions):
+        state = _absorbed(state, key & _MASK)
+    state = _absorbed(state[:, None], torch.arange(vocab_size, device=seeds.device)) ^ 16
+    state = ((state ^ (state >> 16)) * 0x85EBCA6B) & _MASK
+    state = ((state ^ (state >> 13)) * 0xC2B2AE35) & _MASK
+    state = state ^ (state >> 16)
+    uniform = (state >> 16).float() * 2.0**-16 + ((state & 0xFFFF).float() + 0.5) * 2.0**-32
+    return -torch.log(-torch.log1p(-uniform.clamp(max=1.0 - 2.0**-24)))
+
+
+# Unsigned 32-bit arithmetic in int64: what overflows wraps, and the low half stays right.
+def _absorbed(state: Tensor, key: Tensor) -> Tensor:
+    key = (_rotated((key * 0xCC9E2D51) & _MASK, 15) * 0x1B873593) & _MASK
+    return (_rotated(state ^ key, 13) * 5 + 0xE6546B64) & _MASK
+
+
+def _rotated(value: Tensor, bits: int) -> Tensor:
+    return ((value << bits) | (value >> (32 - bits))) & _MASK

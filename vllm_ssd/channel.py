@@ -18,8 +18,8 @@ from typing import Any
 
 import msgspec
 
-PROTOCOL_VERSION = 4
-MAX_UNSENT_BYTES = 64 << 20  # beside what the system holds; a draft that far behind is as good as gone
+PROTOCOL_VERSION = 5
+MAX_UNSENT_BYTES = 1 << 20  # beside what the system holds; a draft that far behind is as good as gone
 _READ_BYTES = 1 << 16
 _LENGTH = struct.Struct("<I")  # in bytes, before each message
 
@@ -111,10 +111,6 @@ class Reset(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Forget all requests: the target lost track of which messages arrived."""
 
 
-class Shutdown(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """The draft process shall end."""
-
-
 class Ready(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """The draft has loaded its model; `vocab_size` and `num_blocks` are for the log."""
 
@@ -132,7 +128,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True, array_like=True):
     reason: str
 
 
-ToDraft = Start | Missed | Outcomes | Stop | Reset | Shutdown
+ToDraft = Start | Missed | Outcomes | Stop | Reset
 ToTarget = Ready | Failed
 
 
@@ -141,7 +137,7 @@ class Channel:
 
     Args:
         address: path of a Unix socket.
-        bind: True at the target's end, which is there first.
+        bind: True at the target's end, which is there first and takes one peer.
         receives: the union of message types that this end accepts.
 
     Raises:
@@ -160,24 +156,41 @@ class Channel:
             end.connect(address)
             self._peer = end
         end.setblocking(False)
+        self._hung_up = False
         self._unsent = bytearray()
         self._unread = bytearray()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(receives)
 
     def send(self, message: ToDraft | ToTarget) -> bool:
-        """Queue a message without waiting. False: the peer is gone or too far behind, nothing was sent."""
-        if not self._flush() or len(self._unsent) > MAX_UNSENT_BYTES:
+        """Queue a message without waiting. False: nobody will read it, or the peer is too far behind."""
+        self.flush()
+        if self._connected() is None or self._hung_up or len(self._unsent) > MAX_UNSENT_BYTES:
             return False
         encoded = self._encoder.encode(message)
         self._unsent += _LENGTH.pack(len(encoded)) + encoded
-        return self._flush()
+        self.flush()
+        return not self._hung_up
+
+    def flush(self) -> bool:
+        """Send what there was no room for yet, such as the rest of a long prompt; True if some was taken."""
+        peer, has_taken = self._connected(), False
+        try:
+            while self._unsent and peer is not None:
+                del self._unsent[: peer.send(self._unsent)]
+                has_taken = True
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._hung_up = True
+        return has_taken
 
     def receive(self, timeout_ms: int = 0) -> Any | None:
         """The next message, or None when none came within `timeout_ms`.
 
         Raises:
             msgspec.DecodeError: on a message this end does not know.
+            EOFError: when the peer has hung up, and all that it sent has been received.
         """
         message = self._read()
         deadline = time.monotonic() + timeout_ms / 1000
@@ -189,31 +202,22 @@ class Channel:
         return message
 
     def close(self) -> None:
-        """Hang up; what was sent can still be read."""
+        """Hang up. The peer can still receive what it was sent, less what had to wait."""
         for end in (self._listener, self._peer):
             if end is not None:
                 end.close()
-
-    def _flush(self) -> bool:
-        """Send what can be sent now, the rest goes with a later message; False if there is no peer."""
-        peer = self._connected()
-        try:
-            while self._unsent and peer is not None:
-                del self._unsent[: peer.send(self._unsent)]
-        except BlockingIOError:
-            pass
-        except ConnectionError:
-            return False
-        return peer is not None
+        self._listener = self._peer = None
 
     def _connected(self) -> socket.socket | None:
         """The peer, as soon as there is one."""
         if self._peer is None and self._listener is not None:
             try:
                 self._peer, _ = self._listener.accept()
-            except BlockingIOError:
+            except OSError:  # nobody yet, or no descriptor is free
                 return None
             self._peer.setblocking(False)
+            self._listener.close()
+            self._listener = None
         return self._peer
 
     def _read(self) -> Any | None:
@@ -221,11 +225,23 @@ class Channel:
         if peer is None:
             return None
         try:
-            while len(read := peer.recv(_READ_BYTES)) == _READ_BYTES:
+            read = peer.recv(_READ_BYTES)
+            while read:
                 self._unread += read
-            self._unread += read
-        except (BlockingIOError, ConnectionError):
-            pass  # what came before stands
+                read = peer.recv(_READ_BYTES)
+            self._hung_up = True
+        except BlockingIOError:
+            pass  # that was all for now
+        except OSError:
+            self._hung_up = True
+        encoded = self._next_frame()
+        if encoded is not None:
+            return self._decoder.decode(encoded)
+        if self._hung_up:
+            raise EOFError("the other process has hung up")
+        return None
+
+    def _next_frame(self) -> bytearray | None:
         if len(self._unread) < _LENGTH.size:
             return None
         end = _LENGTH.size + _LENGTH.unpack_from(self._unread)[0]
@@ -233,4 +249,4 @@ class Channel:
             return None
         encoded = self._unread[_LENGTH.size : end]
         del self._unread[:end]
-        return self._decoder.decode(encoded)
+        return encoded

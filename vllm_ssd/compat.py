@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 SUPPORTED_VERSIONS = ("0.32.", "0.33.")
@@ -108,9 +109,8 @@ def mend_cpu_sampling() -> None:
         replace_to: int,
         MAX_NUM_TOKENS: int | None = None,  # the Triton kernel's block size, unused here
     ) -> None:
-        counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1)).long()
-        replaced = torch.where(input_val == replace_from, torch.full_like(input_val, replace_to), input_val)
-        output.copy_(torch.repeat_interleave(replaced, counts))
+        values, counts = input_val.numpy(), np.diff(cu_num_tokens.numpy(), prepend=0)
+        output.numpy()[:] = np.repeat(np.where(values == replace_from, replace_to, values), counts)
 
     setattr(expand, _MARK, stock)
     cpu_triton_utils._expand_kernel_impl = expand

@@ -18,7 +18,7 @@ from vllm_ssd.channel import Sampling
 from vllm_ssd.counters import Counters
 from vllm_ssd.coupled import coupled_sampling
 from vllm_ssd.draft_laws import DraftLaw, PointMass
-from vllm_ssd.noise import wrapped_to_int64
+from vllm_ssd.noise import gumbel, wrapped_to_int64
 from vllm_ssd.proposer import GREEDY, DraftLink, Proposer
 from vllm_ssd.ranks import Follower, shared_laws
 from vllm_ssd.ratio import ratio_sampling
@@ -44,6 +44,7 @@ class SSDModelRunner(CPUModelRunner):
         self._new_seeds = torch.Generator().manual_seed(vllm_config.model_config.seed)  # alike on all ranks
         self._is_coupled = vllm_config.speculative_config.ssd_verify == "coupled"
         self._seeds: dict[str, int] = {}  # of the requests that are sampled
+        gumbel(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), 1)  # compile it now
 
     def connect(self, proposer: Proposer, link: DraftLink, counters: Counters) -> None:
         """Let this runner lead: give it its half of the rounds, before the first request."""

@@ -106,7 +106,7 @@ class DraftSupervisor:
         """
         while self._state is State.LOADING:
             exit_code = self._process.exit_code()  # before the message: one that failed says why, then exits
-            message = self._channel.receive()
+            message = self._receive()
             if isinstance(message, Failed):
                 raise DraftFailed(f"the draft process cannot serve: {message.reason}")
             if isinstance(message, Ready):
@@ -122,9 +122,13 @@ class DraftSupervisor:
         """Notice what happened to the draft; True when it has become ready and knows no request yet."""
         if self._state is State.GONE:
             return False
-        if self._process.exit_code() is not None:
-            self._restart(f"exited with code {self._process.exit_code()}")
+        exit_code = self._process.exit_code()
+        if exit_code is not None:
+            message = self._receive()  # one that failed says why, then exits
+            self._restart(message.reason if isinstance(message, Failed) else f"exited with code {exit_code}")
             return False
+        if self._channel.flush():
+            self._last_progress = time.monotonic()
         if self._state is State.READY:
             self._check_progress()
             return False
@@ -134,10 +138,12 @@ class DraftSupervisor:
 
     def send(self, message: ToDraft) -> None:
         """Tell the draft; one that cannot be told counts as stalled."""
+        if self._draft_counters["messages"] >= self._num_sent:
+            self._last_progress = time.monotonic()  # it has had nothing to read until now
         if self._channel.send(message):
             self._num_sent += 1
         elif self._state is State.READY:
-            self._stall("its message queue is full")
+            self._stall("it takes no more messages")
 
     def close(self) -> None:
         """Stop the draft and remove what was shared with it."""
@@ -168,6 +174,7 @@ class DraftSupervisor:
         self._process = DraftProcess(self._configure)
         self._state = State.LOADING
         self._deadline = time.monotonic() + self._ready_timeout_s
+        self._last_progress = time.monotonic()
         self._num_sent = 0
         self._num_read = 0
 
@@ -193,8 +200,15 @@ class DraftSupervisor:
             message.block_size,
         )
 
+    def _receive(self) -> Ready | Failed | None:
+        try:
+            message: Ready | Failed | None = self._channel.receive()
+        except EOFError:  # its exit code tells more
+            return None
+        return message
+
     def _check_loaded(self) -> bool:
-        message = self._channel.receive()
+        message = self._receive()
         if isinstance(message, Ready):
             self._become_ready(message)
             return True

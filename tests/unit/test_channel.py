@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wire import configure
 
-from vllm_ssd import channel as channel_module
 from vllm_ssd.channel import (
     Channel,
     Configure,
@@ -25,7 +24,6 @@ from vllm_ssd.channel import (
     Ready,
     Reset,
     RoundOutcome,
-    Shutdown,
     Start,
     Stop,
     ToDraft,
@@ -39,7 +37,6 @@ TO_DRAFT = [
     Outcomes([], 0, 0),
     Stop(3, 7),
     Reset(),
-    Shutdown(),
 ]
 TO_TARGET = [Ready(1, 32000, 100, 32, 0.1, 0.01), Failed("no such model: /x")]
 WAIT_MS = 20_000
@@ -111,32 +108,85 @@ def test_without_a_peer_sending_fails_at_once(tmp_path: Path) -> None:
     target.close()
 
 
-def test_a_peer_that_reads_nothing_fills_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(channel_module, "MAX_UNSENT_BYTES", 4 << 20)
-    target = Channel(str(tmp_path / "s"), bind=True, receives=ToTarget)
-    draft = Channel(str(tmp_path / "s"), bind=False, receives=ToDraft)
+def connected(folder: Path) -> tuple[Channel, Channel]:
+    """(target's end, draft's end), which have heard of each other."""
+    target = Channel(str(folder / "s"), bind=True, receives=ToTarget)
+    draft = Channel(str(folder / "s"), bind=False, receives=ToDraft)
     draft.send(Ready(1, 2, 3, 4, 0.1, 0.01))
-    target.receive(WAIT_MS)
-    big = Start(0, 1, bytes(1 << 20))
-    assert False in [target.send(big) for _ in range(200)]
-    while draft.receive() is None:  # what was taken does arrive, as the target goes on sending
-        target.send(Reset())
+    assert target.receive(WAIT_MS)
+    return target, draft
+
+
+def test_a_peer_that_reads_nothing_fills_the_queue(tmp_path: Path) -> None:
+    target, draft = connected(tmp_path)
+    messages = [Start(0, epoch, bytes(100_000)) for epoch in range(200)]
+    taken = [message for message in messages if target.send(message)]
+    assert 0 < len(taken) < len(messages)
+    received: list[Any] = []
+    for _ in range(10_000):  # what was taken does arrive
+        target.flush()
+        if (message := draft.receive()) is not None:
+            received.append(message)
+    assert received == taken
+    assert target.send(Reset())
+    assert draft.receive() == Reset()
     draft.close()
     target.close()
 
 
-def test_a_peer_that_went_away(tmp_path: Path) -> None:
-    address = str(tmp_path / "s")
-    target = Channel(address, bind=True, receives=ToTarget)
-    draft = Channel(address, bind=False, receives=ToDraft)
-    draft.send(Ready(1, 2, 3, 4, 0.1, 0.01))
-    target.receive(WAIT_MS)
-    draft.close()
-    for _ in range(10_000):
-        if not target.send(Reset()):
+def test_a_message_that_is_longer_than_the_systems_buffers(tmp_path: Path) -> None:
+    target, draft = connected(tmp_path)
+    long = Start(0, 1, bytes(range(256)) * 20_000)
+    assert target.send(long)
+    assert draft.receive() is None
+    assert target.flush()
+    for _ in range(1_000):
+        if (message := draft.receive()) is not None:
             break
-    else:
-        pytest.fail("sending into the void never failed")
+        target.flush()
+    assert message == long
+    assert not target.flush()
+    draft.close()
+    target.close()
+
+
+def test_messages_in_pieces_and_several_at_once(tmp_path: Path) -> None:
+    draft = Channel(str(tmp_path / "s"), bind=True, receives=ToDraft)
+    raw = [msgspec.msgpack.encode(message) for message in TO_DRAFT]
+    stream = b"".join(struct.pack("<I", len(message)) + message for message in raw)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
+        peer.connect(str(tmp_path / "s"))
+        received = []
+        for byte in stream:
+            peer.sendall(bytes([byte]))
+            if (message := draft.receive()) is not None:
+                received.append(message)
+        assert received == TO_DRAFT
+        peer.sendall(stream + stream[:3])
+        assert [draft.receive() for _ in TO_DRAFT] == TO_DRAFT
+        assert draft.receive() is None
+    with pytest.raises(EOFError):  # in the middle of a message
+        draft.receive(WAIT_MS)
+    draft.close()
+
+
+def test_a_peer_that_went_away(tmp_path: Path) -> None:
+    target, draft = connected(tmp_path)
+    draft.send(Failed("this was all"))
+    draft.close()
+    assert target.receive() == Failed("this was all")
+    with pytest.raises(EOFError):
+        target.receive(WAIT_MS)
+    assert not target.send(Reset())
+    target.close()
+    assert not target.send(Reset())
+    assert target.receive() is None
+
+
+def test_a_peer_that_went_away_is_noticed_by_sending(tmp_path: Path) -> None:
+    target, draft = connected(tmp_path)
+    draft.close()
+    assert not target.send(Reset())
     target.close()
 
 

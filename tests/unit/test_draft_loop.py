@@ -8,8 +8,6 @@ import pytest
 from target import Setup, Target, prompt
 from toy import ToyEngine
 
-from vllm_ssd.channel import Shutdown
-
 
 def test_steps_of_the_same_branches_only_advance() -> None:
     target = Target(Setup())
@@ -30,14 +28,15 @@ def test_steps_of_the_same_branches_only_advance() -> None:
 
 
 class ScriptedChannel:
-    """Two quiet looks for news, then the end."""
+    """Two quiet looks for news, then the target hangs up."""
 
     def __init__(self) -> None:
         self.waits: list[int] = []
 
-    def receive(self, timeout_ms: int = 0) -> Shutdown | None:
+    def receive(self, timeout_ms: int = 0) -> None:
         self.waits.append(timeout_ms)
-        return Shutdown() if len(self.waits) == 3 else None
+        if len(self.waits) == 3:
+            raise EOFError
 
 
 @pytest.mark.parametrize(("seconds", "waits"), [(1e9, [200, 0, 0]), (-1.0, [200, 200, 200])])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,11 @@ from vllm_ssd.noise import gumbel
 VOCAB = 40
 LOGITS = 3 * torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(1))
 SEEDS, POSITIONS = torch.tensor([5, 6, 2**62]), torch.tensor([7, 7, 900])
-NOISE = gumbel(SEEDS, POSITIONS, VOCAB)
+
+
+@cache  # and not at import: vLLM's search for kernels, which another test calls, trips over Numba
+def noise() -> torch.Tensor:
+    return gumbel(SEEDS, POSITIONS, VOCAB)
 
 
 def sampling(temperatures: list[float], top_k: int = 0) -> RowSampling:
@@ -30,7 +36,7 @@ def test_coupled_drafts_have_the_shared_noise_where_they_are_sampled(temperature
     sampler = DraftSampler(VOCAB, torch.device("cpu"), is_coupled=True)
     chosen = sampler.choose(LOGITS.clone(), sampler.prepare(sampling(temperatures)), POSITIONS)
     for row, temperature in enumerate(temperatures):
-        expected = LOGITS[row] / temperature + NOISE[row] if temperature else LOGITS[row]
+        expected = LOGITS[row] / temperature + noise()[row] if temperature else LOGITS[row]
         torch.testing.assert_close(chosen.logits[row], expected)
         assert chosen.drafts[row] == expected.argmax()
     assert chosen.laws is None
@@ -61,7 +67,7 @@ def test_drawn_drafts_come_with_the_law_they_were_drawn_from() -> None:
     laws[1] = plain[1]
     assert chosen.laws is not None
     torch.testing.assert_close(torch.from_numpy(chosen.laws), laws)
-    drawn = (laws.log() + NOISE).argmax(dim=-1)
+    drawn = (laws.log() + noise()).argmax(dim=-1)
     assert chosen.drafts.tolist() == [drawn[0], LOGITS[1].argmax(), drawn[2]]
 
 

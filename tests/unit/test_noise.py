@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import chisquare, gumbel_r, kstest
 
-from vllm_ssd.noise import RecentNoise, _hash, accept_seeds, draft_seed, gumbel, uniform
+from vllm_ssd.noise import RecentNoise, _uniform, accept_seeds, draft_seed, gumbel, uniform
 
 WORD = 0xFFFFFFFF
 
@@ -29,9 +29,26 @@ def murmur3(words: list[int]) -> int:
 
 def test_integers_are_murmur3() -> None:
     seeds, positions, vocab_size = [0, 1, -1, 2**63 - 1, 123456789012345], [0, 7, 100, 2**31, 5], 300
-    hashes = _hash(torch.tensor(seeds), torch.tensor(positions), vocab_size)
-    for row, seed, position in zip((hashes.long() & WORD).tolist(), seeds, positions, strict=True):
-        assert row == [murmur3([seed & WORD, seed >> 32 & WORD, position, t]) for t in range(vocab_size)]
+    numbers = _uniform(torch.tensor(seeds), torch.tensor(positions), vocab_size)
+    for row, seed, position in zip(numbers, seeds, positions, strict=True):
+        hashes = [murmur3([seed & WORD, seed >> 32 & WORD, position, token]) for token in range(vocab_size)]
+        expected = (np.array(hashes) + 0.5) / 2**32
+        assert row.numpy() == pytest.approx(expected, rel=1e-7, abs=0)
+
+
+def test_the_least_and_the_greatest_hash() -> None:
+    """These seeds' first hashes are 0 and 2**32 - 3, which in float32 would be 1, and its noise infinite."""
+    seeds, positions = torch.tensor([1460908073, 883312512]), torch.zeros(2, dtype=torch.int64)
+    assert uniform(seeds, positions).tolist() == [2.0**-33, 1 - 2.0**-24]
+    assert gumbel(seeds, positions, 1).isfinite().all()
+
+
+def test_the_reference_of_the_kernel_is_the_same_noise() -> None:
+    from vllm_ssd.kernels.noise import gumbel_reference  # only now: vLLM's search for kernels trips over ours
+
+    seeds = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63), 123456789012345])
+    positions = torch.tensor([0, 7, 100, 2**31 - 1, 5, 5])
+    assert torch.equal(gumbel(seeds, positions, 1000), gumbel_reference(seeds, positions, 1000))
 
 
 def test_noise_is_gumbel() -> None:
@@ -66,7 +83,7 @@ def test_noise_depends_on_the_place_alone() -> None:
 
 
 def test_remembered_noise_is_the_same() -> None:
-    recent = RecentNoise(50, torch.device("cpu"))
+    recent = RecentNoise(50)
     seeds, positions = [3, 9, 3, 3], [5, 5, 6, 80]
     for _ in range(2):
         assert torch.equal(recent(seeds, positions), gumbel(torch.tensor(seeds), torch.tensor(positions), 50))

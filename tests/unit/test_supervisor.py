@@ -51,16 +51,22 @@ class Channel:
         self.sent: list[Any] = []
         self.full = False
         self.closed = False
+        self.takes = False  # more of what it was sent before
 
     def send(self, message: Any) -> bool:
         if not self.full:
             self.sent.append(message)
         return not self.full
 
+    def flush(self) -> bool:
+        return self.takes
+
     def receive(self, timeout_ms: int = 0) -> Any:
+        if not self.inbox and Process.last.code is not None:
+            raise EOFError
         return self.inbox.pop(0) if self.inbox else None
 
-    def close(self, linger_ms: int = 0) -> None:
+    def close(self) -> None:
         self.closed = True
 
 
@@ -172,6 +178,28 @@ def test_a_slow_draft_is_not_stalled(bench: Bench) -> None:
     assert bench.supervisor.state is State.READY
 
 
+def test_a_draft_that_had_nothing_to_read_for_long_is_not_stalled(bench: Bench) -> None:
+    bench.make_ready()
+    bench.clock.now += 10 * STALL_TIMEOUT
+    bench.supervisor.send(Stop(0, 1))
+    bench.supervisor.check()
+    assert bench.supervisor.state is State.READY
+
+
+def test_a_draft_that_still_takes_a_long_message_is_not_stalled(bench: Bench) -> None:
+    bench.make_ready()
+    bench.supervisor.send(Stop(0, 1))
+    Channel.last.takes = True
+    for _ in range(3):
+        bench.clock.now += 2 * STALL_TIMEOUT
+        bench.supervisor.check()
+    assert bench.supervisor.state is State.READY
+    Channel.last.takes = False
+    bench.clock.now += 2 * STALL_TIMEOUT
+    bench.supervisor.check()
+    assert bench.supervisor.state is State.STALLED
+
+
 def test_stall_and_recovery(bench: Bench) -> None:
     bench.make_ready()
     bench.stall()
@@ -259,6 +287,17 @@ def test_a_restarted_draft_that_cannot_load(bench: Bench) -> None:
     bench.clock.now += READY_TIMEOUT + 1  # and one that takes too long
     assert not bench.supervisor.check()
     assert bench.supervisor.state is State.GONE
+
+
+def test_a_restarted_draft_that_failed_and_is_gone_already_has_said_why(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(supervisor_module.logger, "warning", lambda text, *args: said.append(text % args))
+    Channel.last.inbox.append(Failed("out of memory"))
+    Process.last.code = 1
+    bench.supervisor.check()
+    assert "out of memory" in said[0]
 
 
 def test_close_stops_the_draft_and_cleans_up(bench: Bench) -> None:

@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import threading
+import traceback
 from pathlib import Path
 
 import msgspec
@@ -29,6 +30,7 @@ def main() -> None:
     try:
         server = _build_server(configure, channel)
     except Exception as error:
+        traceback.print_exc()
         channel.send(Failed(f"{type(error).__name__}: {error}"))
         channel.close()
         raise SystemExit(1) from error

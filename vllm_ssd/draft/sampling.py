@@ -59,7 +59,7 @@ class DraftSampler:
         self._is_coupled = is_coupled
         self._saguaro_c = saguaro_c
         self._saguaro_tokens = saguaro_tokens
-        self._noise = RecentNoise(vocab_size, device)
+        self._noise = RecentNoise(vocab_size)
 
     def prepare(self, sampling: RowSampling) -> SampledRows:
         """Bring to the device what does not change from step to step."""

@@ -24,7 +24,6 @@ from vllm_ssd.channel import (
     Outcomes,
     Reset,
     RoundOutcome,
-    Shutdown,
     Start,
     Stop,
     ToDraft,
@@ -111,20 +110,24 @@ class DraftServer:
         self._advancing: list[BranchGroup] = []  # what the last step was made of, if of nothing else
 
     def run(self) -> None:
-        """Serve until told to shut down."""
+        """Serve until the target hangs up."""
         last_busy = -math.inf
         while True:
             is_quiet = time.monotonic() - last_busy > SPIN_SECONDS
-            message = self._channel.receive(IDLE_POLL_MS if is_quiet else 0)
-            while message is not None:
-                self._counters.add("messages")
-                if isinstance(message, Shutdown):
-                    return
-                self.handle(message)
-                message = self._channel.receive()
+            try:
+                self._take_in_messages(IDLE_POLL_MS if is_quiet else 0)
+            except EOFError:
+                return
             self._counters.add("heartbeat")
             if self.step():
                 last_busy = time.monotonic()
+
+    def _take_in_messages(self, timeout_ms: int) -> None:
+        message = self._channel.receive(timeout_ms)
+        while message is not None:
+            self._counters.add("messages")
+            self.handle(message)
+            message = self._channel.receive()
 
     def handle(self, message: ToDraft) -> None:
         """Take in one message; those of an epoch that is over are ignored."""
