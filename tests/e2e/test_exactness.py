@@ -71,7 +71,7 @@ PATHS: dict[str, tuple[list[Law], dict[str, Any]]] = {
     "coupled, just in time": ([Law(0.7), Law(1.3)], {"ssd_fallback": "draft"}),
     "ratio": (TEMPERATURES, {"ssd_verify": "ratio"}),
     "ratio, top-k, top-p": (CONSTRAINED, {"ssd_verify": "ratio"}),
-    "ratio, penalties": (PENALISED, {"ssd_verify": "ratio"}),
+    "ratio, penalties, bfloat16": (PENALISED, {"ssd_verify": "ratio", "ssd_draft_dtype": "bfloat16"}),
     "ratio, n-gram": ([Law(0.7), Law(1.3)], {"ssd_verify": "ratio", "ssd_fallback": "ngram"}),
     "ratio, just in time": ([Law(0.7), Law(1.3)], {"ssd_verify": "ratio", "ssd_fallback": "draft"}),
     "ratio, geometric": ([Law(1.0)], {"ssd_verify": "ratio", "ssd_fanout": "geometric"}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,15 @@ def test_a_peer_that_went_away_is_noticed_by_sending(tmp_path: Path) -> None:
     draft.close()
     assert not target.send(Reset())
     target.close()
+
+
+def test_the_longest_folder_has_room_for_a_drafts_socket() -> None:
+    from vllm_ssd.config import MAX_FOLDER_BYTES
+
+    with tempfile.TemporaryDirectory() as outer:
+        folder = Path(outer, (MAX_FOLDER_BYTES - len(outer) - 1) * "x")
+        (folder / "draft-999").mkdir(parents=True)
+        Channel(str(folder / "draft-999" / "socket"), bind=True, receives=ToTarget).close()
 
 
 @settings(max_examples=200)
