@@ -74,7 +74,7 @@ def _perturb_kernel(
     tl.store(perturbed_ptr + row * perturbed_stride + tokens, logits, mask=there)
 
 
-# MurmurHash3, as in vllm_ssd.noise; the constants are the algorithm's.
+# MurmurHash3, as in vllm_ssd.murmur; the constants are the algorithm's.
 @triton.jit
 def _absorb(state, key):
     key = key * tl.full([], 0xCC9E2D51, tl.uint32)

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 PROTOCOL_VERSION = 5
-MAX_UNSENT_BYTES = 1 << 20  # beside what the system holds; a draft that far behind is as good as gone
+MAX_UNSENT_BYTES = 64 << 20  # beside what the system holds; a draft that far behind is as good as gone
 _READ_BYTES = 1 << 16
 _LENGTH = struct.Struct("<I")  # in bytes, before each message
 
@@ -179,10 +179,10 @@ class Channel:
             while self._unsent and peer is not None:
                 del self._unsent[: peer.send(self._unsent)]
                 has_taken = True
-        except BlockingIOError:
-            pass
-        except OSError:
+        except ConnectionError:
             self._hung_up = True
+        except OSError:  # no room for more just now
+            pass
         return has_taken
 
     def receive(self, timeout_ms: int = 0) -> Any | None:
@@ -195,8 +195,11 @@ class Channel:
         message = self._read()
         deadline = time.monotonic() + timeout_ms / 1000
         while message is None and (left := deadline - time.monotonic()) > 0:
+            end = self._peer or self._listener
+            if end is None:  # closed
+                break
             news = select.poll()
-            news.register(self._peer or self._listener, select.POLLIN)  # type: ignore[arg-type]
+            news.register(end, select.POLLIN)
             news.poll(1000 * left)
             message = self._read()
         return message
@@ -230,10 +233,10 @@ class Channel:
                 self._unread += read
                 read = peer.recv(_READ_BYTES)
             self._hung_up = True
-        except BlockingIOError:
-            pass  # that was all for now
-        except OSError:
+        except ConnectionError:
             self._hung_up = True
+        except OSError:  # that was all for now
+            pass
         encoded = self._next_frame()
         if encoded is not None:
             return self._decoder.decode(encoded)

@@ -91,6 +91,6 @@ def _uniform(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     """[n, vocab_size] float32 in (0, 1)."""
     from vllm_ssd.murmur import fill_uniform  # on CUDA there may be no Numba, and kernels instead of this
 
-    numbers = torch.empty(len(seeds), vocab_size)
+    numbers = torch.empty(len(seeds), vocab_size, dtype=torch.float32, device="cpu")  # whatever the defaults
     fill_uniform(seeds.numpy(), positions.numpy(), numbers.numpy())
     return numbers

@@ -127,8 +127,7 @@ class DraftSupervisor:
             message = self._receive()  # one that failed says why, then exits
             self._restart(message.reason if isinstance(message, Failed) else f"exited with code {exit_code}")
             return False
-        if self._channel.flush():
-            self._last_progress = time.monotonic()
+        self._flush()
         if self._state is State.READY:
             self._check_progress()
             return False
@@ -138,6 +137,7 @@ class DraftSupervisor:
 
     def send(self, message: ToDraft) -> None:
         """Tell the draft; one that cannot be told counts as stalled."""
+        self._flush()
         if self._draft_counters["messages"] >= self._num_sent:
             self._last_progress = time.monotonic()  # it has had nothing to read until now
         if self._channel.send(message):
@@ -175,7 +175,7 @@ class DraftSupervisor:
         self._state = State.LOADING
         self._deadline = time.monotonic() + self._ready_timeout_s
         self._last_progress = time.monotonic()
-        self._num_sent = 0
+        self._num_sent: int = 0
         self._num_read = 0
 
     def _make_laws(self) -> DraftLaws:
@@ -200,11 +200,17 @@ class DraftSupervisor:
             message.block_size,
         )
 
+    def _flush(self) -> None:
+        if self._channel.flush():  # a draft that takes more of a long message is alive
+            self._last_progress = time.monotonic()
+
     def _receive(self) -> Ready | Failed | None:
         try:
             message: Ready | Failed | None = self._channel.receive()
         except EOFError:  # its exit code tells more
             return None
+        except msgspec.DecodeError as error:
+            return Failed(f"speaks another protocol: {error}")
         return message
 
     def _check_loaded(self) -> bool:

@@ -226,3 +226,4 @@ def test_the_draft_ends_when_its_parent_is_killed(pair: tuple[Path, Path], tmp_p
         parent.kill()
         parent.wait()
     wait_until(lambda: not is_running(int(pid)), "the draft outlived its parent")
+    assert not tmp_path.exists()  # what was shared

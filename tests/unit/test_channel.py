@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wire import configure
 
+from vllm_ssd import channel as channel_module
 from vllm_ssd.channel import (
     Channel,
     Configure,
@@ -118,7 +119,8 @@ def connected(folder: Path) -> tuple[Channel, Channel]:
     return target, draft
 
 
-def test_a_peer_that_reads_nothing_fills_the_queue(tmp_path: Path) -> None:
+def test_a_peer_that_reads_nothing_fills_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel_module, "MAX_UNSENT_BYTES", 1 << 20)
     target, draft = connected(tmp_path)
     messages = [Start(0, epoch, bytes(100_000)) for epoch in range(200)]
     taken = [message for message in messages if target.send(message)]
@@ -181,7 +183,7 @@ def test_a_peer_that_went_away(tmp_path: Path) -> None:
     assert not target.send(Reset())
     target.close()
     assert not target.send(Reset())
-    assert target.receive() is None
+    assert target.receive(WAIT_MS) is None
 
 
 def test_a_peer_that_went_away_is_noticed_by_sending(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from wire import configure
 
@@ -243,6 +244,27 @@ def test_a_draft_silent_for_long_is_started_again(bench: Bench) -> None:
     assert Process.last is not old
     assert bench.supervisor.state is State.LOADING
     bench.make_ready()
+
+
+def test_a_stalled_draft_that_takes_the_rest_and_falls_silent_is_started_again(bench: Bench) -> None:
+    bench.make_ready()
+    bench.stall()
+    old = Process.last
+    Channel.last.takes = True
+    bench.supervisor.check()
+    Channel.last.takes = False
+    bench.clock.now += KILL_AFTER_STALLS * STALL_TIMEOUT + 0.1
+    bench.supervisor.check()
+    assert old.stopped
+
+
+def test_a_draft_of_another_version_is_told_apart(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def receive() -> Any:
+        raise msgspec.ValidationError("no such message")
+
+    monkeypatch.setattr(Channel.last, "receive", receive)
+    with pytest.raises(DraftFailed, match="another protocol"):
+        bench.supervisor.await_ready()
 
 
 def test_restarts_end_some_time(bench: Bench) -> None:

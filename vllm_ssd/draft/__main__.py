@@ -1,8 +1,8 @@
 """python -m vllm_ssd.draft: the draft process.
 
 It reads one JSON line (`vllm_ssd.channel.Configure`) from standard input, loads its model, answers `Ready`
-or `Failed`, and serves until it is told to shut down or standard input closes, which happens when its
-parent dies in whatever way.
+or `Failed`, and serves until the target hangs up or standard input closes, which happens when its parent
+dies in whatever way.
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 
 from vllm_ssd.channel import PROTOCOL_VERSION, Channel, Configure, Failed, Ready, ToDraft
+
+PARENT_DIES_S = 0.2  # its files are closed a moment before it is gone
 
 
 def main() -> None:
@@ -25,17 +29,28 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the target, which then stops us
     configure = msgspec.json.decode(sys.stdin.buffer.readline(), type=Configure)
     os.sched_setaffinity(0, configure.cores)
-    threading.Thread(target=_exit_with_parent, args=(configure, os.getppid()), daemon=True).start()
+    watcher = threading.Thread(target=_exit_with_parent, args=(configure, os.getppid()), daemon=True)
+    watcher.start()
     channel = Channel(configure.address, bind=False, receives=ToDraft)
     try:
         server = _build_server(configure, channel)
     except Exception as error:
         traceback.print_exc()
         channel.send(Failed(f"{type(error).__name__}: {error}"))
-        channel.close()
-        raise SystemExit(1) from error
-    server.run()
-    channel.close()
+        _exit(1)
+    try:
+        server.run()
+    except Exception:
+        traceback.print_exc()
+        _exit(1)
+    watcher.join()  # whoever hangs up closes standard input too, or is dead and needs what it shared removed
+
+
+def _exit(code: int) -> NoReturn:
+    """Without Python's own shutting down, which would wait for standard input: the watcher is reading it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _build_server(configure: Configure, channel: Channel):  # type: ignore[no-untyped-def]
@@ -81,6 +96,9 @@ def _build_server(configure: Configure, channel: Channel):  # type: ignore[no-un
 
 def _exit_with_parent(configure: Configure, parent: int) -> None:
     sys.stdin.buffer.read()
+    deadline = time.monotonic() + PARENT_DIES_S
+    while os.getppid() == parent and time.monotonic() < deadline:
+        time.sleep(0.005)
     if os.getppid() != parent:  # it died and could not clean up
         shutil.rmtree(configure.shared_dir, ignore_errors=True)
     os._exit(0)
