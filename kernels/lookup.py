@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_ssd.outcome import DEPTH, EPOCH, FIRST_DRAFT, ROUND, TOKEN, K
+from vllm_ssd.outcome import ACCEPTED, DEPTH, EPOCH, FIRST_DRAFT, ROUND, TOKEN
 
-_EPOCH, _ROUND, _K, _TOKEN = tl.constexpr(EPOCH), tl.constexpr(ROUND), tl.constexpr(K), tl.constexpr(TOKEN)
+_EPOCH, _ROUND, _TOKEN = tl.constexpr(EPOCH), tl.constexpr(ROUND), tl.constexpr(TOKEN)
+_ACCEPTED = tl.constexpr(ACCEPTED)
 _DEPTH, _FIRST_DRAFT = tl.constexpr(DEPTH), tl.constexpr(FIRST_DRAFT)
 MISSED = -1
 
@@ -110,7 +111,7 @@ def _look_up_kernel(
     entries = entries_ptr + slot * slot_stride + branches * entry_stride
     matches = there & (tl.load(entries + _EPOCH, mask=there, other=0, volatile=True) == epoch)
     matches &= tl.load(entries + _ROUND, mask=there, other=0, volatile=True) == round_
-    matches &= tl.load(entries + _K, mask=there, other=-1, volatile=True) == num_sampled - 1
+    matches &= tl.load(entries + _ACCEPTED, mask=there, other=-1, volatile=True) == num_sampled - 1
     matches &= tl.load(entries + _TOKEN, mask=there, other=-1, volatile=True) == token
     branch = tl.max(tl.where(matches, branches, -1), axis=0)
     found = branch >= 0

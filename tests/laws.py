@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,6 +18,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from engines import generate
+from models import NUM_SPECIAL, SYMBOLS
 from scipy.stats import chisquare
 from transformers import LlamaForCausalLM
 
@@ -42,6 +44,7 @@ class Law:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    allowed: tuple[int, ...] = ()  # tokens, by a grammar; none: all
 
     @torch.inference_mode()
     def next_tokens(self, model: LlamaForCausalLM, outputs: Sequence[Sequence[int]]) -> Float64Array:
@@ -49,6 +52,8 @@ class Law:
         sequences = np.array([[*PROMPT, *output] for output in outputs])
         logits = model(input_ids=torch.tensor(sequences)).logits.double().numpy()[:, len(PROMPT) - 1 : -1]
         logits = self._penalised(logits, sequences) / self.temperature
+        if self.allowed:
+            logits[..., [token for token in range(VOCAB) if token not in self.allowed]] = -np.inf
         order = np.argsort(-logits, axis=-1)
         rank = np.argsort(order, axis=-1)
         if self.top_k:
@@ -69,6 +74,19 @@ class Law:
         factor = np.where(logits > 0, 1 / self.repetition_penalty, self.repetition_penalty)
         logits = np.where(is_repeated, logits * factor, logits)
         return logits - self.frequency_penalty * seen - self.presence_penalty * (seen > 0)
+
+    def sampling_params(self) -> Any:
+        """What a request of this law asks for."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
+
+        options = asdict(self)
+        allowed = options.pop("allowed")
+        if allowed:
+            characters = "".join(SYMBOLS[token - NUM_SPECIAL] for token in allowed)
+            regex = f"[{re.escape(characters)}]{{{NUM_TOKENS}}}"
+            options["structured_outputs"] = StructuredOutputsParams(regex=regex)
+        return SamplingParams(**options, max_tokens=NUM_TOKENS, ignore_eos=True)
 
     def of_first_tokens(self, model: LlamaForCausalLM) -> dict[tuple[int, ...], float]:
         """The joint law of the first tokens, by enumeration."""
@@ -123,12 +141,7 @@ def p_of_all_tokens(model: LlamaForCausalLM, samples: list[list[int]], law: Law)
 
 def sample(llm: Any, laws: Sequence[Law], count: int) -> list[list[list[int]]]:
     """[laws][count][NUM_TOKENS]: samples of each law, all in the same batches."""
-    from vllm import SamplingParams
-
-    params = [
-        SamplingParams(**asdict(law), max_tokens=NUM_TOKENS, ignore_eos=True, detokenize=False)
-        for law in laws
-    ]
+    params = [law.sampling_params() for law in laws]
     outputs = generate(llm, [PROMPT] * (count * len(laws)), params * count)
     return [outputs[index :: len(laws)] for index in range(len(laws))]
 

@@ -16,6 +16,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 BOS, EOS, NUM_SPECIAL = 0, 1, 2
+SYMBOLS = sorted(ByteLevel.alphabet())
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
 
@@ -65,7 +66,7 @@ def write(model: LlamaForCausalLM, path: Path) -> Path:
     """Save the model with a byte-level tokenizer as large as its vocabulary allows."""
     model.save_pretrained(path)
     vocab = {"<s>": BOS, "</s>": EOS}
-    for symbol in sorted(ByteLevel.alphabet())[: model.config.vocab_size - NUM_SPECIAL]:
+    for symbol in SYMBOLS[: model.config.vocab_size - NUM_SPECIAL]:
         vocab[symbol] = len(vocab)
     while len(vocab) < model.config.vocab_size:
         vocab[f"<{len(vocab)}>"] = len(vocab)

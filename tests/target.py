@@ -27,7 +27,7 @@ from vllm_ssd.channel import (
 from vllm_ssd.counters import DRAFT_FIELDS, Counters
 from vllm_ssd.draft.server import DraftServer, Engine
 from vllm_ssd.draft_laws import DraftLaws
-from vllm_ssd.outcome import DEPTH, EPOCH, FIRST_DRAFT, ROUND, TOKEN, K, Outcome, OutcomeCache
+from vllm_ssd.outcome import ACCEPTED, DEPTH, EPOCH, FIRST_DRAFT, ROUND, TOKEN, Outcome, OutcomeCache
 
 VOCAB = 12
 
@@ -167,7 +167,8 @@ class Target:
         entries = self.cache.entries[slot]
         now = entries[(entries[:, EPOCH] == request.epoch) & (entries[:, ROUND] == request.round)]
         return [
-            (int(e[K]), int(e[TOKEN]), e[FIRST_DRAFT : FIRST_DRAFT + int(e[DEPTH])].tolist()) for e in now
+            (int(e[ACCEPTED]), int(e[TOKEN]), e[FIRST_DRAFT : FIRST_DRAFT + int(e[DEPTH])].tolist())
+            for e in now
         ]
 
     def check_cache(self) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 MAX_UNSENT_BYTES = 64 << 20  # beside what the system holds; a draft that far behind is as good as gone
 _READ_BYTES = 1 << 16
 _LENGTH = struct.Struct("<I")  # in bytes, before each message
@@ -112,12 +112,10 @@ class Reset(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """The draft has loaded its model; `vocab_size` and `num_blocks` are for the log."""
+    """The draft has loaded its model."""
 
-    protocol: int
-    vocab_size: int
-    num_blocks: int
-    block_size: int
+    num_blocks: int  # of its KV cache, for the log
+    block_size: int  # tokens
     step_base: float  # seconds of a step over no row, as measured
     step_per_row: float  # and of each further row
 

@@ -84,7 +84,8 @@ def refuse_method_ssd() -> None:
 
 
 def _asks_for_ssd(engine_args: Any) -> bool:
-    return (engine_args.speculative_config or {}).get("method") == "ssd"
+    asked = (engine_args.speculative_config or {}).get("method") or getattr(engine_args, "spec_method", None)
+    return bool(asked == "ssd")
 
 
 def mend_cpu_sampling() -> None:
@@ -293,7 +294,7 @@ def sampling_replaced(
 
 
 def kv_cache_config(vllm_config: Any, specs: dict[str, Any], memory_bytes: int) -> Any:
-    """Plan one worker's KV cache; the planning helpers moved in 0.33."""
+    """Plan one worker's KV cache. Why: the planning helpers moved in 0.33. Goes with the support of 0.32."""
     try:
         from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
     except ImportError:
@@ -323,6 +324,7 @@ def supported_kv_cache_layouts(vllm_config: Any) -> list[str]:
     """Names of the KV layouts that the loaded model's attention backends share, preferred first.
 
     Why: vLLM has this as `WorkerBase.get_supported_kv_cache_layouts` only, and the draft has no worker.
+    Goes when vLLM has it as a function.
     """
     from vllm.v1.worker import worker_base
 
@@ -334,6 +336,7 @@ def match_ngram(tokens: Any, min_n: int, max_n: int, max_model_len: int, num_tok
     """vLLM's own n-gram matcher on one request: what followed the longest earlier match of its suffix.
 
     Why: `NgramProposer` proposes for whole batches and warms up for them; a miss concerns single rows.
+    Goes when vLLM proposes for single rows.
     """
     from vllm.v1.spec_decode.ngram_proposer import _find_longest_matched_ngram_and_propose_tokens
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import groupby
@@ -15,11 +16,11 @@ from vllm.config.utils import config
 from vllm.platforms import current_platform
 from vllm.utils.cpu_resource_utils import get_allowed_cpu_list
 
-from vllm_ssd.shared import default_shared_folder
+from vllm_ssd.shared import NAME_BYTES, name_shared_folder
 
 GIB = 1 << 30
 MAX_SPECULATIVE_TOKENS = 16
-MAX_FOLDER_BYTES = 85  # the path of a Unix socket has at most 107, and ours lies in a folder of its draft
+MAX_FOLDER_BYTES = 85  # of an engine: a Unix socket's path has at most 107, and ours lies two levels below
 
 # Options of SpeculativeConfig that belong to other methods: name -> the only value SSD takes.
 _FIXED_OPTIONS: dict[str, Any] = {
@@ -34,6 +35,9 @@ _FIXED_OPTIONS: dict[str, Any] = {
     "moe_backend": None,
     "attention_backend": None,
 }
+_ORDERED_STORES = ("x86_64", "AMD64")  # names of CPUs whose stores other cores see in order
+SHORT_FLAGS = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
+_DRAFT_MEMORY = {"cpu": 0.5, "cuda": 4.0}  # GiB
 _BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 _bound: str | None = None  # what an engine of this process has set that to
 
@@ -80,8 +84,9 @@ class SSDSpeculativeConfig(SpeculativeConfig):
     ssd_draft_dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     """Type of the draft's weights and activations, and of its KV cache unless `kv_cache_dtype` is given.
     auto: the target's. It decides how much is accepted, never the law of what is generated."""
-    ssd_draft_memory: float = Field(default=0.5, gt=0)
-    """GiB of KV cache in the draft process."""
+    ssd_draft_memory: float | None = Field(default=None, gt=0)
+    """GiB of KV cache in the draft process, for all requests. Default: 0.5, on CUDA 4. Requests that find no
+    room go on without drafts."""
     ssd_prefill_chunk: int = Field(default=256, ge=1)
     """Prompt tokens the draft prefills in one step, over all requests, between rounds of the others."""
     ssd_wait_ms: float = Field(default=0.0, ge=0, le=1000)
@@ -93,7 +98,8 @@ class SSDSpeculativeConfig(SpeculativeConfig):
     ssd_max_restarts: int = Field(default=3, ge=0)
     """How often a draft process that died is started again."""
     ssd_shared_dir: str | None = None
-    """Folder for the memory that target and draft share; default: one of its own in /dev/shm."""
+    """Where the engine makes the folder of what target and draft share; default: /dev/shm. Once configured,
+    the name of that folder."""
 
     __repr__ = SpeculativeConfig.__repr__
 
@@ -105,9 +111,10 @@ class SSDSpeculativeConfig(SpeculativeConfig):
         _check_platform(self)
         _check_models(self)
         _check_branches(self)
-        self.ssd_shared_dir = self.ssd_shared_dir or str(default_shared_folder())
+        self.ssd_shared_dir = str(name_shared_folder(self.ssd_shared_dir))
         _check_folder(self.ssd_shared_dir)
         self.ssd_draft_device = _choose_draft_device(self)
+        self.ssd_draft_memory = self.ssd_draft_memory or _DRAFT_MEMORY[self.draft_device.partition(":")[0]]
         self.ssd_draft_cores = _format_cores(_choose_draft_cores(self))
 
     @property
@@ -129,7 +136,7 @@ class SSDSpeculativeConfig(SpeculativeConfig):
 
 def create_ssd_config(engine_args: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
     """Build the config from what the user gave; called where vLLM builds its own `SpeculativeConfig`."""
-    options = {name.replace("-", "_"): value for name, value in engine_args.speculative_config.items()}
+    options = _merged_options(engine_args)
     ssd = SSDSpeculativeConfig(
         **options, target_model_config=target_model_config, target_parallel_config=target_parallel_config
     )
@@ -145,6 +152,21 @@ def create_ssd_config(engine_args: Any, target_model_config: Any, target_paralle
         if ssd.ssd_planner:
             _schedule_what_is_planned(engine_args)
     return ssd
+
+
+def _merged_options(engine_args: Any) -> dict[str, Any]:
+    """The speculative config, and what the command line's --spec-method and its kin add to it."""
+    given = engine_args.speculative_config or {}
+    options = {name.replace("-", "_"): value for name, value in given.items()}
+    for flag, name in SHORT_FLAGS.items():
+        value = getattr(engine_args, flag, None)
+        if value is None:
+            continue
+        if name in options:
+            short = f"--{flag.replace('_', '-')}"
+            raise ValueError(f"{short} and {name!r} in --speculative-config: give one of them")
+        options[name] = value
+    return options
 
 
 def _schedule_what_is_planned(engine_args: Any) -> None:
@@ -208,6 +230,10 @@ def _refuse_foreign_options(ssd: SSDSpeculativeConfig) -> None:
 def _check_platform(ssd: SSDSpeculativeConfig) -> None:
     if not current_platform.is_cpu() and not current_platform.is_cuda():
         raise ValueError("this version of method 'ssd' runs on CUDA and on the CPU only")
+    if ssd.ssd_verify == "ratio" and platform.machine() not in _ORDERED_STORES:
+        raise ValueError(
+            f"ssd_verify='ratio' needs an x86-64 CPU, and this is {platform.machine()}; choose 'coupled'"
+        )
     parallel = ssd.target_parallel_config
     for name in _ONE_OF_EACH:
         if getattr(parallel, name) != 1:
@@ -220,8 +246,8 @@ def _check_platform(ssd: SSDSpeculativeConfig) -> None:
 def _check_folder(folder: str) -> None:
     if len(os.fsencode(folder)) > MAX_FOLDER_BYTES:
         raise ValueError(
-            f"ssd_shared_dir={folder!r} is too long for the path of a socket; "
-            f"choose one of at most {MAX_FOLDER_BYTES} bytes"
+            f"ssd_shared_dir={os.path.dirname(folder)!r} is too long for the path of a socket; "
+            f"choose one of at most {MAX_FOLDER_BYTES - NAME_BYTES - 1} bytes"
         )
 
 

@@ -13,7 +13,6 @@ TARGET_COUNTERS_FILE = "target-counters"
 DRAFT_COUNTERS_FILE = "draft-counters"
 
 DRAFT_FIELDS = (
-    "heartbeat",  # loop iterations
     "messages",  # messages read since this draft process began (reset by each)
     "steps",
     "step_ns",

@@ -108,6 +108,9 @@ class DeferredRounds:
             self._todo.put(None)
             if threading.current_thread() is not self._thread:
                 self._thread.join(CLOSE_S)
+            if self._device.type == "cuda":
+                torch.accelerator.synchronize(self._device)  # a look-up may still be reading the table
+            self._unmap()
 
     def begin(self, slot: int, epoch: int = NOT_INTRODUCED) -> None:
         """A request of this epoch takes the slot."""
@@ -165,8 +168,7 @@ class DeferredRounds:
             self._cache = None if self._failed else self._link.cache
             self._generation = self._proposer.generation
             keys = self._proposer.keys()
-        if self._entries is not None and self._device.type == "cuda":
-            torch.cuda.cudart().cudaHostUnregister(self._entries.data_ptr())
+        self._unmap()
         self._entries = None if self._cache is None else self._mapped(self._cache)
         self._epochs.fill_(NOT_INTRODUCED)
         for slot, (epoch, round_) in keys.items():
@@ -176,16 +178,23 @@ class DeferredRounds:
         """The table, as the device reads it: in the host's memory. None if it cannot."""
         entries = torch.from_numpy(cache.entries)
         if self._device.type == "cuda":
-            size = entries.numel() * entries.element_size()
-            error = torch.cuda.cudart().cudaHostRegister(entries.data_ptr(), size, 0)
-            if int(error):
+            from vllm.v1.kv_offload.cpu.host_register import host_register  # clears CUDA's error if it fails
+
+            if not host_register(entries.data_ptr(), entries.numel() * entries.element_size()):
                 logger.error(
-                    "SSD: the GPU cannot read the outcome cache (CUDA error %d); decoding goes on without "
-                    "drafts. Set ssd_shared_dir to a folder in memory, such as one in /dev/shm",
-                    int(error),
+                    "SSD: the GPU cannot read the outcome cache; decoding goes on without drafts. "
+                    "Set ssd_shared_dir to a folder in memory, such as /dev/shm"
                 )
                 return None
         return entries
+
+    def _unmap(self) -> None:
+        """Before its file is unmapped: what is mapped there next would be taken for registered."""
+        if self._entries is not None and self._device.type == "cuda":
+            from vllm.v1.kv_offload.cpu.host_register import host_unregister
+
+            host_unregister(self._entries.data_ptr())
+        self._entries = None
 
     def _to_host(self, tensor: Tensor) -> tuple[Tensor, Any]:
         """A copy that is on its way, and the event of its arrival."""

@@ -2,7 +2,9 @@
 
 Only ratio verification needs them. The draft writes those of the branch that an outcome adopted, after the
 message that tells it so and while the target verifies; the target reads them when it samples. An entry is
-keyed by epoch and round as the outcome cache is, and needs no lock for the same reason.
+keyed by epoch and round as the outcome cache is, and needs no lock for the same reason. But a law that is
+read too early would be a wrong one; so `config` takes ratio verification on x86 only, where stores stay in
+order.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -13,13 +14,16 @@ from vllm_ssd.channel import Configure
 # The target's worker binds its OpenMP threads through these; a child would inherit the target's cores.
 _OPENMP_BINDING = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES", "OMP_PROC_BIND")
 _EXIT_GRACE_S = 3.0
+_KILL_GRACE_S = 1.0  # a process that the kernel cannot end may be waiting for a driver
+_FAREWELL = b"."
 
 
 class DraftProcess:
     """A running `python -m vllm_ssd.draft`.
 
     `subprocess` and not `multiprocessing`, because vLLM's workers are daemons, which may not have
-    `multiprocessing` children. The process ends by itself when this one dies: its standard input closes.
+    `multiprocessing` children. The process ends by itself when this one dies: its standard input closes,
+    and without a farewell, so that it knows to remove what was shared.
     """
 
     def __init__(self, configure: Configure) -> None:
@@ -43,12 +47,25 @@ class DraftProcess:
         """None while the process runs."""
         return self._process.poll()
 
-    def stop(self, grace_s: float = _EXIT_GRACE_S) -> None:
-        """Close its standard input, which ends it, and kill it if it has not gone after `grace_s`."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+    def kill(self) -> None:
+        """End it without waiting: `exit_code` tells when it has gone."""
+        self._say_farewell()
+        self._process.kill()
+
+    def stop(self) -> None:
+        """Ask it to end, and kill it if it has not gone after some seconds."""
+        self._say_farewell()
         try:
-            self._process.wait(grace_s)
+            self._process.wait(_EXIT_GRACE_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_KILL_GRACE_S)
+
+    def _say_farewell(self) -> None:
+        stdin = self._process.stdin
+        assert stdin is not None
+        if not stdin.closed:
+            with contextlib.suppress(BrokenPipeError):  # it has gone by itself
+                stdin.write(_FAREWELL)
+            stdin.close()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import prometheus_client
-from prometheus_client.metrics_core import CounterMetricFamily
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 from vllm.logger import init_logger
 
 from vllm_ssd.counters import (
@@ -31,7 +31,7 @@ METRICS: dict[str, tuple[str, str, float]] = {
     "vllm:ssd_cache_late": ("Lookups whose outcome was foreseen but had no drafts yet.", "late", 1),
     "vllm:ssd_undrafted": ("Outcomes while there was no draft process to ask.", "undrafted", 1),
     "vllm:ssd_fallback_none": ("Missed rows that went on without drafts.", "fallback_none", 1),
-    "vllm:ssd_fallback_ngram": ("Missed rows that went on with n-gram drafts.", "fallback_ngram", 1),
+    "vllm:ssd_fallback_ngram": ("Missed rows that n-grams were looked for.", "fallback_ngram", 1),
     "vllm:ssd_laws_late": ("Rows verified without the law of their drafts.", "laws_late", 1),
     "vllm:ssd_fallback_draft": ("Missed rows that went on with just-in-time drafts.", "fallback_draft", 1),
     "vllm:ssd_wait_seconds": ("Time the target waited for the draft.", "wait_ns", 1e-9),
@@ -40,6 +40,7 @@ METRICS: dict[str, tuple[str, str, float]] = {
     "vllm:ssd_draft_stalls": ("Times the draft fell silent.", "draft_stalls", 1),
     "vllm:ssd_draft_steps": ("Forward passes of the draft.", "steps", 1),
     "vllm:ssd_draft_step_seconds": ("Time in the draft's steps.", "step_ns", 1e-9),
+    "vllm:ssd_draft_starved": ("Times a request found no KV blocks in the draft.", "starved", 1),
     "vllm:ssd_branches": ("Branches opened.", "branches", 1),
     "vllm:ssd_branches_adopted": ("Branches whose outcome came true; the others were wasted.", "adopted", 1),
 }
@@ -95,7 +96,7 @@ class SSDCollector:
         """Nothing: the names need not be known in advance."""
         return []
 
-    def collect(self) -> Iterator[CounterMetricFamily]:
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
         counted = [(labels, reader.read()) for labels, reader in self._sources]
         for name, (documentation, counter, factor) in METRICS.items():
             family = CounterMetricFamily(name, documentation, labels=self._labelnames)
@@ -103,6 +104,13 @@ class SSDCollector:
                 if counter in counters:
                     family.add_metric(labels, counters[counter] * factor)
             yield family
+        is_alive = GaugeMetricFamily(
+            "vllm:ssd_draft_alive", "1 while the draft process answers.", labels=self._labelnames
+        )
+        for labels, counters in counted:
+            if counters:
+                is_alive.add_metric(labels, counters["draft_alive"])
+        yield is_alive
 
 
 _registered: SSDCollector | None = None
@@ -162,7 +170,8 @@ class SSDSpecDecodingLogging:
         log_fn(
             "SSD metrics: Hit rate: %.1f%% (%d of %d lookups), Late: %d, Without draft process: %d, "
             "Target waited: %.2f ms/round, Critical path: %.3f ms/round, "
-            "Draft step: %.2f ms, Branches adopted: %d of %d, Draft restarts: %d, Stalls: %d",
+            "Draft step: %.2f ms, Branches adopted: %d of %d, Without KV blocks: %d, "
+            "Draft restarts: %d, Stalls: %d",
             100 * new["hits"] / max(1, new["lookups"]),
             new["hits"],
             new["lookups"],
@@ -173,6 +182,7 @@ class SSDSpecDecodingLogging:
             new["step_ns"] / max(1, new["steps"]) / 1e6,
             new["adopted"],
             new["branches"],
+            new["starved"],
             new["draft_restarts"],
             new["draft_stalls"],
         )

@@ -70,16 +70,20 @@ class RecentNoise:
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
-        most = _REMEMBERED_BYTES // (_STRETCH * vocab_size * 4)
-        self._remembered = lru_cache(maxsize=max(most, _LEAST_REMEMBERED))(self._stretch)
+        self._most = max(_REMEMBERED_BYTES // (_STRETCH * vocab_size * 4), _LEAST_REMEMBERED)
+        self._remembered = lru_cache(maxsize=self._most)(self._stretch)
 
     def __call__(self, seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
         """[n, vocab_size] float32; `seeds` and `positions` are [n]."""
-        rows = []
-        for seed, position in zip(seeds, positions, strict=True):
-            stretch, offset = divmod(position, _STRETCH)
-            rows.append(self._remembered(seed, stretch)[offset])
-        return torch.stack(rows)
+        stretches = [(seed, position // _STRETCH) for seed, position in zip(seeds, positions, strict=True)]
+        if len(set(stretches)) > self._most:  # each would be forgotten before its next use
+            return gumbel(torch.tensor(seeds), torch.tensor(positions), self._vocab_size)
+        return torch.stack(
+            [
+                self._remembered(*stretch)[position % _STRETCH]
+                for stretch, position in zip(stretches, positions, strict=True)
+            ]
+        )
 
     def _stretch(self, seed: int, number: int) -> Tensor:
         """Some positions at once: a call costs more than its rows."""

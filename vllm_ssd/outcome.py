@@ -6,7 +6,8 @@ the round counts the verifications since then, so an entry that outlived its pur
 
 Why no lock is needed: the draft rewrites the entries of a slot only after it was told that slot's outcome,
 and the target tells it only after its look-up. Within one entry the draft writes the tokens before it raises
-the depth, and x86 keeps stores in order; on weakly ordered machines each step's system calls lie between.
+the depth, and x86 keeps stores in order. Elsewhere a token might be read before it was written: a wrong
+guess, which greedy and coupled verification reject like any other.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from vllm_ssd.shared import map_array
 
 Int64Array = npt.NDArray[np.int64]
 
-EPOCH, ROUND, K, TOKEN, DEPTH, FIRST_DRAFT = range(6)
+EPOCH, ROUND, ACCEPTED, TOKEN, DEPTH, FIRST_DRAFT = range(6)  # what an entry's columns hold
 KEY = slice(EPOCH, DEPTH)
 TABLE_FILE = "outcome-cache"
 
@@ -88,7 +89,7 @@ class OutcomeCache:
         entries[:, EPOCH] = 0  # no key matches while the rest changes
         entries[:, DEPTH] = 0
         entries[:, ROUND] = round_
-        entries[:, K] = ks
+        entries[:, ACCEPTED] = ks
         entries[:, TOKEN] = tokens
         entries[:, EPOCH] = epoch
 

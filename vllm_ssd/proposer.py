@@ -61,6 +61,17 @@ class LookedUp:
     drafts: Sequence[list[int] | None] | None  # [B], None where a row missed; None without a draft
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A row of a step that has an outcome."""
+
+    index: int  # in the step
+    request_id: str
+    request: LiveRequest
+    outcome: Outcome
+    sampled: list[int]  # accepted drafts, then the recovery or bonus token
+
+
 class Proposer:
     """Keeps the requests in slots and answers each target step with drafts.
 
@@ -174,7 +185,10 @@ class Proposer:
         """
         if self._link.check():
             self._introduce_all()
-        self._propose(request_ids, sampled, found)
+        rows = self._rows(request_ids, sampled)
+        if rows:
+            drafts = None if found.drafts is None else [found.drafts[row.index] for row in rows]
+            self._go_on(rows, found.plan, drafts)
         self._counters.add("rounds")
 
     def laws(self, request_ids: Sequence[str], num_drafts: Sequence[int]) -> list[DraftLaw]:
@@ -205,59 +219,71 @@ class Proposer:
             law = laws.read(request.slot, request.epoch, request.round, num_drafts)
             if law is not None:
                 return law
-            if time.perf_counter() > deadline:
+            began = time.perf_counter()
+            if began > deadline:
                 break
             time.sleep(POLL_S)
+            self._counters.add("wait_ns", int((time.perf_counter() - began) * 1e9))
         self._counters.add("laws_late")
         return PointMass()
 
-    def _propose(
-        self, request_ids: Sequence[str], sampled: Sequence[list[int]], looked_up: LookedUp | None = None
+    def _propose(self, request_ids: Sequence[str], sampled: Sequence[list[int]]) -> list[list[int]]:
+        drafts: list[list[int]] = [[] for _ in request_ids]
+        rows = self._rows(request_ids, sampled)
+        if rows:
+            plan = self.planner.plan(len(rows))
+            found = self._look_up([row.outcome for row in rows], plan.num_drafts)
+            for row, chosen in zip(rows, self._go_on(rows, plan, found), strict=True):
+                drafts[row.index] = chosen
+        return drafts
+
+    def _rows(self, request_ids: Sequence[str], sampled: Sequence[list[int]]) -> list[_Row]:
+        """Those with an outcome, of which what they yielded and took is measured."""
+        rows = []
+        for index, (request_id, tokens) in enumerate(zip(request_ids, sampled, strict=True)):
+            request = self._live.get(request_id)
+            if tokens and request is not None:
+                k = len(tokens) - 1
+                outcome = Outcome(request.slot, request.epoch, request.round, k, tokens[-1])
+                rows.append(_Row(index, request_id, request, outcome, tokens))
+        if rows:
+            self._measure(rows)
+        return rows
+
+    def _go_on(
+        self, rows: Sequence[_Row], plan: Plan, found: Sequence[list[int] | None] | None
     ) -> list[list[int]]:
-        """Drafts of each row, looked up here or before."""
-        rows = [i for i, tokens in enumerate(sampled) if tokens and request_ids[i] in self._live]
-        requests = [self._live[request_ids[i]] for i in rows]
-        outcomes = [
-            Outcome(request.slot, request.epoch, request.round, len(sampled[i]) - 1, sampled[i][-1])
-            for request, i in zip(requests, rows, strict=True)
-        ]
-        if not rows:
-            return [[] for _ in request_ids]
-        self._measure(requests, outcomes)
-        plan = self.planner.plan(len(rows)) if looked_up is None else looked_up.plan
-        found: list[list[int] | None] | None
-        if looked_up is None:
-            found = self._look_up(outcomes, plan.num_drafts)
-        else:
-            found = None if looked_up.drafts is None else [looked_up.drafts[i] for i in rows]
+        """What each row verifies next: what was found, or its fallback; the draft is told.
+
+        Args:
+            found: see `LookedUp.drafts`, of these rows.
+        """
         if found is None:
             self._counters.add("undrafted", len(rows))
             found = [None] * len(rows)
         else:
-            self._count(requests, outcomes, found)
-        missed = [
-            MissedOutcome(request_ids[i], outcome, sampled[i])
-            for i, outcome, drafts in zip(rows, outcomes, found, strict=True)
-            if drafts is None
-        ]
-        instead = iter(self._fall_back(missed, plan.num_drafts))
-        proposed: list[list[int]] = [[] for _ in request_ids]
+            self._count(rows, found)
+        missed = [row for row, drafts in zip(rows, found, strict=True) if drafts is None]
+        for row, drafts in zip(rows, found, strict=True):
+            if drafts is not None:
+                row.request.drafts = Drafts(DRAFT, drafts)
+        for row, instead in zip(missed, self._fall_back(missed, plan.num_drafts), strict=True):
+            row.request.drafts = instead
         messages = []
-        for i, request, drafts in zip(rows, requests, found, strict=True):
-            request.drafts = next(instead) if drafts is None else Drafts(DRAFT, drafts)
-            proposed[i] = request.drafts.tokens
-            messages.append(RoundOutcome(request.slot, request.epoch, request.round, sampled[i], proposed[i]))
-            request.round += 1
+        for row in rows:
+            outcome, tokens = row.outcome, row.request.drafts.tokens
+            messages.append(RoundOutcome(outcome.slot, outcome.epoch, outcome.round, row.sampled, tokens))
+            row.request.round += 1
         if self._link.cache is not None:
             self._link.send(Outcomes(messages, plan.num_drafts, plan.branch_budget))
-        return proposed
+        return [row.request.drafts.tokens for row in rows]
 
-    def _measure(self, requests: Sequence[LiveRequest], outcomes: Sequence[Outcome]) -> None:
-        for request, outcome in zip(requests, outcomes, strict=True):
-            self._costs.add_row(request.drafts.kind, len(request.drafts.tokens), outcome.k)
-        seconds = self._costs.add_round(sum(outcome.k + 1 for outcome in outcomes))
-        num_verified = sum(1 + len(request.drafts.tokens) for request in requests)
-        self.planner.add_round(len(requests), num_verified, seconds)
+    def _measure(self, rows: Sequence[_Row]) -> None:
+        for row in rows:
+            self._costs.add_row(row.request.drafts.kind, len(row.request.drafts.tokens), row.outcome.k)
+        seconds = self._costs.add_round(sum(len(row.sampled) for row in rows))
+        num_verified = sum(1 + len(row.request.drafts.tokens) for row in rows)
+        self.planner.add_round(len(rows), num_verified, seconds)
 
     def _look_up(self, outcomes: list[Outcome], num_drafts: int) -> list[list[int] | None] | None:
         """At most so many drafts of each outcome, None where it was not foreseen; None without a draft."""
@@ -281,30 +307,26 @@ class Proposer:
         self._counters.add("wait_ns", int((time.perf_counter() - began) * 1e9))
         return found
 
-    def _fall_back(self, missed: Sequence[MissedOutcome], num_drafts: int) -> list[Drafts]:
+    def _fall_back(self, missed: Sequence[_Row], num_drafts: int) -> list[Drafts]:
         if not missed or not num_drafts:
             return [NOTHING] * len(missed)
         began = time.perf_counter_ns()
-        drafts = self._fallback.propose(missed, self._link)
+        outcomes = [MissedOutcome(row.request_id, row.outcome, row.sampled) for row in missed]
+        drafts = self._fallback.propose(outcomes, self._link)
         for row in drafts:
             self._counters.add(f"fallback_{row.kind}")
         if any(row.kind == DRAFT for row in drafts):
             self._counters.add("wait_ns", time.perf_counter_ns() - began)
         return [Drafts(row.kind, row.tokens[:num_drafts]) for row in drafts]
 
-    def _count(
-        self,
-        requests: Sequence[LiveRequest],
-        outcomes: Sequence[Outcome],
-        found: Sequence[list[int] | None],
-    ) -> None:
-        for request, outcome, served in zip(requests, outcomes, found, strict=True):
-            self.planner.add_row(len(requests), bool(request.drafts.tokens), served is not None)
+    def _count(self, rows: Sequence[_Row], found: Sequence[list[int] | None]) -> None:
+        for row, served in zip(rows, found, strict=True):
+            self.planner.add_row(len(rows), bool(row.request.drafts.tokens), served is not None)
             self._counters.add("lookups")
-            self._counters.add(f"lookups_k{outcome.k}")
+            self._counters.add(f"lookups_k{row.outcome.k}")
             if served:
                 self._counters.add("hits")
-                self._counters.add(f"hits_k{outcome.k}")
+                self._counters.add(f"hits_k{row.outcome.k}")
                 self._counters.add("drafts_served", len(served))
             elif served is not None:
                 self._counters.add("late")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import math
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -16,6 +17,8 @@ import numpy.typing as npt
 
 PREFIX = "vllm-ssd-"
 LOCK_FILE = "owner"
+_NAME_DIGITS = 12
+NAME_BYTES = len(PREFIX) + _NAME_DIGITS
 
 Number = TypeVar("Number", bound=np.generic)
 
@@ -41,24 +44,37 @@ def map_array(
     return np.asarray(np.memmap(path, dtype, "r+", shape=shape))
 
 
-def default_shared_folder() -> Path:
-    """A new name for a shared folder, in memory where the machine has a file system for it."""
+def name_shared_folder(parent: str | None = None) -> Path:
+    """A name that no folder has yet, for one engine's shared folder.
+
+    Args:
+        parent: where it is to lie; None: in memory where the machine has a file system for it. A name that
+            came from here stays as it is, as in a config that is made again from its own values.
+    """
+    if parent is not None and re.fullmatch(f"{PREFIX}[0-9a-f]{{{_NAME_DIGITS}}}", Path(parent).name):
+        return Path(parent)
     memory = Path("/dev/shm")
-    parent = memory if memory.is_dir() else Path(tempfile.gettempdir())
-    return parent / f"{PREFIX}{uuid.uuid4().hex[:12]}"
+    default = memory if memory.is_dir() else Path(tempfile.gettempdir())
+    return Path(parent or default) / f"{PREFIX}{uuid.uuid4().hex[:_NAME_DIGITS]}"
 
 
 class SharedFolder:
-    """A folder that the engine's processes share, and nobody else: it holds users' tokens.
+    """A new folder that the engine's processes share, and nobody else: it holds users' tokens.
 
     It is locked for as long as its owner lives. Whoever makes a folder beside it removes those whose owner
     has been killed: the kernel gives up the lock of a process that ends, in whatever way.
+
+    Args:
+        path: see `name_shared_folder`.
+
+    Raises:
+        FileExistsError: if it is there already: what is removed in the end must be our own.
     """
 
     def __init__(self, path: Path) -> None:
         _remove_abandoned(path.parent)
         self.path = path
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, parents=True)
         unlocked = path / f"{LOCK_FILE}.new"
         self._lock = os.open(unlocked, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)

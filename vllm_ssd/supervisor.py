@@ -1,12 +1,17 @@
 """Starts, awaits, watches, restarts and stops the draft process.
 
-The draft is in one of four states. `check`, which the target calls once a round, moves between them:
+The draft is in one of five states. `check`, which the target calls once a round, moves between them:
 
     loading --Ready--> ready --silent too long--> stalled --signs of life--> ready
        ^                 |                           |
-       +---- restart ----+------- process died ------+------> gone (no restarts left)
+       |               died              died, or silent for longer still
+       |                 |                           |
+       +--- it is gone --+------- ending <-----------+
+                                    |
+                                    +--no restarts left, or it cannot be ended--> gone
 
-Serving never fails because of the draft: outside of `ready` there is no outcome cache to ask.
+Nothing here waits, once the draft has loaded for the first time: a killed process takes what time it takes to
+go. Serving never fails because of the draft: outside of `ready` there is no outcome cache to ask.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ from vllm_ssd.outcome import OutcomeCache
 logger = init_logger("vllm.ssd")
 
 KILL_AFTER_STALLS = 15  # a draft silent for this many stall timeouts is killed and started again
+ENDING_TIMEOUT_S = 30.0  # a process that is not gone by then hangs in a driver; its device may do so too
 AWAIT_POLL_S = 0.02
 
 
@@ -41,6 +47,7 @@ class State(Enum):
     LOADING = "loading"
     READY = "ready"
     STALLED = "stalled"
+    ENDING = "ending"  # killed
     GONE = "gone"
 
 
@@ -122,6 +129,9 @@ class DraftSupervisor:
         """Notice what happened to the draft; True when it has become ready and knows no request yet."""
         if self._state is State.GONE:
             return False
+        if self._state is State.ENDING:
+            self._start_again()
+            return False
         exit_code = self._process.exit_code()
         if exit_code is not None:
             message = self._receive()  # one that failed says why, then exits
@@ -169,7 +179,6 @@ class DraftSupervisor:
             create=True,
         )
         self._laws: DraftLaws | None = None if self._configure.is_coupled else self._make_laws()
-        self._draft_counters.set("messages", 0)
         self._channel = Channel(address, bind=True, receives=Ready | Failed)
         self._process = DraftProcess(self._configure)
         self._state = State.LOADING
@@ -253,20 +262,31 @@ class DraftSupervisor:
         logger.warning("SSD draft is stalled (%s); decoding goes on without it", reason)
 
     def _restart(self, reason: str) -> None:
-        self._state = State.LOADING  # nobody asks for the tables from now on
-        self._process.stop(grace_s=0.0)
+        self._state = State.ENDING
+        self._deadline = time.monotonic() + ENDING_TIMEOUT_S
+        self._process.kill()
         self._channel.close()
         shutil.rmtree(self._table_dir, ignore_errors=True)
         self._counters.set("draft_alive", 0)
         if self._incarnation > self._max_restarts:
-            self._state = State.GONE
-            logger.error("SSD draft %s; no restarts left, decoding goes on without it", reason)
+            self._give_up(f"{reason}; no restarts left")
             return
         logger.warning("SSD draft %s; starting it again, decoding goes on meanwhile", reason)
-        self._counters.add("draft_restarts")
         self._cache = self._laws = None  # memory of the old tables, which the new ones may need
+        self._start_again()
+
+    def _start_again(self) -> None:
+        """Start another process as soon as the killed one is gone, and with it what it held."""
+        if self._process.exit_code() is None:
+            if time.monotonic() > self._deadline:
+                self._give_up(f"has been killed and is still there after {ENDING_TIMEOUT_S:g} s")
+            return
+        self._counters.add("draft_restarts")
         try:
             self._spawn()
         except OSError as error:
-            self._state = State.GONE
-            logger.error("SSD draft cannot be started again (%s); decoding goes on without it", error)
+            self._give_up(f"cannot be started again ({error})")
+
+    def _give_up(self, reason: str) -> None:
+        self._state = State.GONE
+        logger.error("SSD draft %s; decoding goes on without it", reason)

@@ -120,14 +120,18 @@ class TargetsDraft:
         self._vllm_config, self._ssd = vllm_config, ssd
         self._folder = SharedFolder(Path(ssd.ssd_shared_dir))
         fields = target_fields(ssd.num_speculative_tokens)
-        self._counters = Counters(self._folder.path / TARGET_COUNTERS_FILE, fields, create=True)
-        self.supervisor = DraftSupervisor(
-            _configure(ssd, vllm_config),
-            self._counters,
-            ssd.ssd_ready_timeout,
-            ssd.ssd_stall_timeout,
-            ssd.ssd_max_restarts,
-        )
+        try:
+            self._counters = Counters(self._folder.path / TARGET_COUNTERS_FILE, fields, create=True)
+            self.supervisor = DraftSupervisor(
+                _configure(ssd, vllm_config),
+                self._counters,
+                ssd.ssd_ready_timeout,
+                ssd.ssd_stall_timeout,
+                ssd.ssd_max_restarts,
+            )
+        except Exception:  # such as no room for the laws
+            self._folder.remove()
+            raise
         self._costs = Costs()
         self._planner: RoundPlanner = FixedPlan(Plan(ssd.num_speculative_tokens, ssd.ssd_branch_budget))
         self._proposer: Proposer | None = None
@@ -191,6 +195,7 @@ class TargetsDraft:
 
 def _configure(ssd: SSDSpeculativeConfig, vllm_config: VllmConfig) -> Configure:
     draft = ssd.draft_model_config
+    assert ssd.ssd_draft_memory is not None  # chosen when it was configured
     device = ssd.draft_device
     target_dtype = str(draft.dtype).removeprefix("torch.")  # vLLM gives the draft's config the target's
     engine_args = {
@@ -201,7 +206,7 @@ def _configure(ssd: SSDSpeculativeConfig, vllm_config: VllmConfig) -> Configure:
         "revision": draft.revision,
         "code_revision": draft.code_revision,
         "trust_remote_code": draft.trust_remote_code,
-        "kv_cache_dtype": ssd.kv_cache_dtype or "auto",
+        "kv_cache_dtype": ssd.kv_cache_dtype or vllm_config.cache_config.cache_dtype,
         "seed": draft.seed,
         "load_format": vllm_config.load_config.load_format,
         "download_dir": vllm_config.load_config.download_dir,

@@ -57,7 +57,14 @@ def engine(engines: Engines, pair: tuple[Path, Path], num_drafts: int = K, **opt
 
 
 TEMPERATURES = [Law(0.5), Law(1.5)]
-CONSTRAINED = [Law(1.0, top_k=3), Law(1.0, top_p=0.8), Law(1.3, 5, 0.9), Law(0.7)]
+GRAMMAR = (2, 3, 5, 6)  # the tokens that it allows
+CONSTRAINED = [
+    Law(1.0, top_k=3),
+    Law(1.0, top_p=0.8),
+    Law(1.3, 5, 0.9),
+    Law(0.7),
+    Law(1.0, allowed=GRAMMAR),
+]
 PENALISED = [
     Law(1.0, repetition_penalty=1.5),
     Law(0.8, presence_penalty=0.7, frequency_penalty=0.4),
@@ -65,12 +72,12 @@ PENALISED = [
 ]
 PATHS: dict[str, tuple[list[Law], dict[str, Any]]] = {
     "coupled": (TEMPERATURES, {}),
-    "coupled, top-k, top-p": (CONSTRAINED, {}),
+    "coupled, top-k, top-p, grammar": (CONSTRAINED, {}),
     "coupled, penalties": (PENALISED, {}),
     "coupled, n-gram": ([Law(0.7), Law(1.3)], {"ssd_fallback": "ngram"}),
     "coupled, just in time": ([Law(0.7), Law(1.3)], {"ssd_fallback": "draft"}),
     "ratio": (TEMPERATURES, {"ssd_verify": "ratio"}),
-    "ratio, top-k, top-p": (CONSTRAINED, {"ssd_verify": "ratio"}),
+    "ratio, top-k, top-p, grammar": (CONSTRAINED, {"ssd_verify": "ratio"}),
     "ratio, penalties, bfloat16": (PENALISED, {"ssd_verify": "ratio", "ssd_draft_dtype": "bfloat16"}),
     "ratio, n-gram": ([Law(0.7), Law(1.3)], {"ssd_verify": "ratio", "ssd_fallback": "ngram"}),
     "ratio, just in time": ([Law(0.7), Law(1.3)], {"ssd_verify": "ratio", "ssd_fallback": "draft"}),

@@ -73,6 +73,7 @@ def test_only_model_and_number_are_needed(pair: Pair) -> None:
     assert "vllm-ssd-" in ssd.ssd_shared_dir
     assert not Path(ssd.ssd_shared_dir).exists()  # configuring makes nothing
     assert create(pair).speculative_config.ssd_shared_dir != ssd.ssd_shared_dir
+    assert ssd.ssd_draft_memory == 0.5
 
 
 def test_options_are_kept(pair: Pair) -> None:
@@ -84,8 +85,10 @@ def test_options_are_kept(pair: Pair) -> None:
         ssd_fallback="ngram",
         ssd_draft_cores=str(first),
         ssd_wait_ms=1.5,
+        ssd_shared_dir="/var/tmp",
         max_model_len=128,
     ).speculative_config
+    assert Path(config.ssd_shared_dir).parent == Path("/var/tmp")
     assert config.ssd_fanout == [4, 3, 1, 1, 1]
     assert config.ssd_draft_cores == str(first)
     assert config.ssd_fallback == "ngram"
@@ -136,7 +139,7 @@ REFUSED: list[Any] = [
     ({"rejection_sample_method": "block"}, ("rejection_sample_method", "remove it")),
     ({"parallel_drafting": True}, ("parallel_drafting", "remove it")),
     ({"draft_tensor_parallel_size": 2}, ("draft_tensor_parallel_size",)),
-    ({"ssd_shared_dir": "/dev/shm/" + 80 * "x"}, ("ssd_shared_dir", "at most 85 bytes")),
+    ({"ssd_shared_dir": "/dev/shm/" + 80 * "x"}, ("ssd_shared_dir", "at most 63 bytes")),
 ]
 
 
@@ -175,6 +178,20 @@ def test_another_vocabulary(pair: Pair, tmp_path: Path) -> None:
 
 def test_a_worker_of_ones_own(pair: Pair) -> None:
     assert_one_line(refusal(pair, {"worker_cls": "my.Worker"}), "worker_cls", "my.Worker", "remove")
+
+
+def test_the_short_flags(pair: Pair) -> None:
+    flags = {"spec_method": "ssd", "spec_model": str(pair[1]), "spec_tokens": 3}
+    nothing = {"method": None, "model": None, "num_speculative_tokens": None}
+    config = create(pair, flags, **nothing).speculative_config
+    assert (config.method, config.num_speculative_tokens) == ("ssd", 3)
+    assert_one_line(refusal(pair, {"spec_tokens": 3}), "--spec-tokens", "one of them")
+
+
+def test_ratio_where_stores_may_change_their_order(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert_one_line(refusal(pair, ssd_verify="ratio"), "ssd_verify='ratio'", "aarch64", "'coupled'")
+    create(pair)
 
 
 @pytest.mark.parametrize("option", ["pipeline_parallel_size", "data_parallel_size"])

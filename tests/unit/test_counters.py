@@ -66,10 +66,12 @@ def test_prometheus_shows_the_counters_of_the_engine_that_is_there(tmp_path: Pat
         target = Counters(folder / TARGET_COUNTERS_FILE, target_fields(2), create=True)
         target.add("wait_ns", 1_500_000_000)
         target.add("lookups", 7)
+        target.set("draft_alive", 1)
         register_collector(SSDCollector(labels, [([name, "0"], CounterReader(folder, 2))]))
     page = generate_latest().decode()
     assert 'vllm:ssd_cache_lookups_total{engine="0",model_name="new"} 7.0' in page
     assert 'vllm:ssd_wait_seconds_total{engine="0",model_name="new"} 1.5' in page
+    assert 'vllm:ssd_draft_alive{engine="0",model_name="new"} 1.0' in page
     assert 'model_name="old"' not in page
 
 

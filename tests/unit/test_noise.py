@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.stats import chisquare, gumbel_r, kstest
 
+from vllm_ssd import noise
 from vllm_ssd.noise import RecentNoise, _uniform, accept_seeds, draft_seed, gumbel, uniform
 
 WORD = 0xFFFFFFFF
@@ -87,6 +88,21 @@ def test_remembered_noise_is_the_same() -> None:
     seeds, positions = [3, 9, 3, 3], [5, 5, 6, 80]
     for _ in range(2):
         assert torch.equal(recent(seeds, positions), gumbel(torch.tensor(seeds), torch.tensor(positions), 50))
+
+
+def test_more_requests_than_are_remembered_cost_their_own_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = []
+
+    def counted(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
+        rows.append(len(seeds))
+        return gumbel(seeds, positions, vocab_size)
+
+    monkeypatch.setattr(noise, "gumbel", counted)
+    monkeypatch.setattr(noise, "_REMEMBERED_BYTES", 0)
+    recent, seeds, positions = RecentNoise(50), list(range(20)), [7, 8] * 10
+    for _ in range(3):
+        assert torch.equal(recent(seeds, positions), gumbel(torch.tensor(seeds), torch.tensor(positions), 50))
+    assert rows == [20, 20, 20]
 
 
 def test_streams_of_one_seed_are_independent() -> None:

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from vllm_ssd.shared import PREFIX, SharedFolder, default_shared_folder
+import pytest
+
+from vllm_ssd.shared import NAME_BYTES, PREFIX, SharedFolder, name_shared_folder
 
 OWN_AND_WAIT = """
 import sys
@@ -28,7 +30,22 @@ def test_private_and_removed(tmp_path: Path) -> None:
 
 
 def test_names_differ() -> None:
-    assert default_shared_folder() != default_shared_folder()
+    assert name_shared_folder() != name_shared_folder()
+    assert len(name_shared_folder().name) == NAME_BYTES
+
+
+def test_what_lies_in_the_users_folder_stays(tmp_path: Path) -> None:
+    (tmp_path / "thesis").touch()
+    name = name_shared_folder(str(tmp_path))
+    assert name.parent == tmp_path
+    assert name_shared_folder(str(name)) == name  # a config made again from its own values
+    SharedFolder(name).remove()
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis"]
+
+
+def test_a_folder_that_is_there_is_nobodys_to_take(tmp_path: Path) -> None:
+    with pytest.raises(FileExistsError):
+        SharedFolder(tmp_path)
 
 
 def test_only_what_a_dead_owner_left_is_swept_away(tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ import pytest
 from wire import configure
 
 from vllm_ssd import supervisor as supervisor_module
-from vllm_ssd.channel import PROTOCOL_VERSION, Configure, Failed, Ready, Reset, Stop
+from vllm_ssd.channel import Configure, Failed, Ready, Reset, Stop
 from vllm_ssd.counters import DRAFT_COUNTERS_FILE, DRAFT_FIELDS, Counters, target_fields
-from vllm_ssd.supervisor import KILL_AFTER_STALLS, DraftFailed, DraftSupervisor, State
+from vllm_ssd.supervisor import ENDING_TIMEOUT_S, KILL_AFTER_STALLS, DraftFailed, DraftSupervisor, State
 
-READY = Ready(PROTOCOL_VERSION, 100, 10, 32, 0.1, 0.01)
+READY = Ready(10, 32, 0.1, 0.01)
 READY_TIMEOUT, STALL_TIMEOUT, MAX_RESTARTS = 30.0, 2.0, 2
 
 
@@ -32,11 +32,17 @@ class Process:
         self.pid = 1000 + Process.count
         self.code: int | None = None
         self.stopped = False
+        self.can_be_killed = True
 
     def exit_code(self) -> int | None:
         return self.code
 
-    def stop(self, grace_s: float = 3.0) -> None:
+    def kill(self) -> None:
+        self.stopped = True
+        if self.can_be_killed and self.code is None:
+            self.code = -9
+
+    def stop(self) -> None:
         self.stopped = True
 
 
@@ -256,6 +262,38 @@ def test_a_stalled_draft_that_takes_the_rest_and_falls_silent_is_started_again(b
     bench.clock.now += KILL_AFTER_STALLS * STALL_TIMEOUT + 0.1
     bench.supervisor.check()
     assert old.stopped
+
+
+def test_a_killed_draft_is_not_waited_for(bench: Bench) -> None:
+    bench.make_ready()
+    bench.stall()
+    old = Process.last
+    old.can_be_killed = False
+    bench.clock.now += KILL_AFTER_STALLS * STALL_TIMEOUT + 0.1
+    for _ in range(3):
+        assert not bench.supervisor.check()
+        bench.supervisor.send(Stop(0, 1))
+        assert bench.supervisor.state is State.ENDING
+        assert bench.supervisor.cache is None
+    assert old.stopped
+    assert Process.last is old
+    old.code = -9
+    assert not bench.supervisor.check()
+    assert Process.last is not old
+    assert bench.counters["draft_restarts"] == 1
+    bench.make_ready()
+
+
+def test_a_draft_that_cannot_be_killed_is_given_up(bench: Bench) -> None:
+    bench.make_ready()
+    bench.stall()
+    Process.last.can_be_killed = False
+    bench.clock.now += KILL_AFTER_STALLS * STALL_TIMEOUT + 0.1
+    bench.supervisor.check()
+    bench.clock.now += ENDING_TIMEOUT_S + 0.1
+    assert not bench.supervisor.check()
+    assert bench.supervisor.state is State.GONE
+    assert Process.count == 1
 
 
 def test_a_draft_of_another_version_is_told_apart(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

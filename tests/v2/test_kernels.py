@@ -13,7 +13,7 @@ from vllm_ssd.kernels.fork import ForkCopy, fork_copy_reference
 from vllm_ssd.kernels.lookup import look_up, look_up_reference
 from vllm_ssd.kernels.noise import perturb, perturb_reference
 from vllm_ssd.kernels.select import select_branches, select_branches_reference
-from vllm_ssd.outcome import DEPTH, EPOCH, FIRST_DRAFT, ROUND, TOKEN, K
+from vllm_ssd.outcome import ACCEPTED, DEPTH, EPOCH, FIRST_DRAFT, ROUND, TOKEN
 
 CASES = settings(max_examples=1000)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -33,7 +33,7 @@ def lookup_case(seed: int, num_rows: int, num_branches: int, num_drafts: int) ->
     entries[..., ROUND] = np.where(rng.random(entries.shape[:2]) < 0.7, rounds[:, None], rounds[:, None] - 1)
     keys = np.tile(np.arange(max(num_branches, 4 * (num_drafts + 1))), (num_slots, 1))
     keys = rng.permuted(keys, axis=1)[:, :num_branches]
-    entries[..., TOKEN], entries[..., K] = np.divmod(keys, num_drafts + 1)
+    entries[..., TOKEN], entries[..., ACCEPTED] = np.divmod(keys, num_drafts + 1)
     entries[..., DEPTH] = rng.integers(0, num_drafts + 1, entries.shape[:2])
     slots = rng.permutation(num_slots)[:num_rows]
     slots[rng.random(num_rows) < 0.2] = -1  # padding
@@ -83,7 +83,7 @@ def test_lookup_without_any_branch() -> None:
     assert (assert_same_lookup(case) <= 0).all()
 
 
-@pytest.mark.parametrize("field", [EPOCH, ROUND, K, TOKEN])
+@pytest.mark.parametrize("field", [EPOCH, ROUND, ACCEPTED, TOKEN])
 def test_lookup_of_stale_entries_alone(field: int) -> None:
     case = lookup_case(1, 6, 8, 3)
     case[0][..., field] = -5

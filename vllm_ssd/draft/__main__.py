@@ -1,8 +1,8 @@
 """python -m vllm_ssd.draft: the draft process.
 
 It reads one JSON line (`vllm_ssd.channel.Configure`) from standard input, loads its model, answers `Ready`
-or `Failed`, and serves until the target hangs up or standard input closes, which happens when its parent
-dies in whatever way.
+or `Failed`, and serves until the target hangs up or standard input closes. Where that happens without a
+farewell (`vllm_ssd.launch`), its parent has died, in whatever way, and what the two shared is removed here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 import traceback
 from pathlib import Path
 from typing import NoReturn
@@ -21,7 +20,7 @@ import msgspec
 
 from vllm_ssd.channel import PROTOCOL_VERSION, Channel, Configure, Failed, Ready, ToDraft
 
-PARENT_DIES_S = 0.2  # its files are closed a moment before it is gone
+CLEANING_UP_S = 1.0
 
 
 def main() -> None:
@@ -29,25 +28,29 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the target, which then stops us
     configure = msgspec.json.decode(sys.stdin.buffer.readline(), type=Configure)
     os.sched_setaffinity(0, configure.cores)
-    watcher = threading.Thread(target=_exit_with_parent, args=(configure, os.getppid()), daemon=True)
+    watcher = threading.Thread(target=_exit_with_parent, args=(configure,), daemon=True)
     watcher.start()
+    try:
+        _serve(configure)
+    except Exception:
+        traceback.print_exc()
+        _exit(1, watcher)
+    watcher.join()  # whoever hangs up closes standard input too
+
+
+def _serve(configure: Configure) -> None:
     channel = Channel(configure.address, bind=False, receives=ToDraft)
     try:
         server = _build_server(configure, channel)
     except Exception as error:
-        traceback.print_exc()
         channel.send(Failed(f"{type(error).__name__}: {error}"))
-        _exit(1)
-    try:
-        server.run()
-    except Exception:
-        traceback.print_exc()
-        _exit(1)
-    watcher.join()  # whoever hangs up closes standard input too, or is dead and needs what it shared removed
+        raise
+    server.run()
 
 
-def _exit(code: int) -> NoReturn:
+def _exit(code: int, watcher: threading.Thread) -> NoReturn:
     """Without Python's own shutting down, which would wait for standard input: the watcher is reading it."""
+    watcher.join(CLEANING_UP_S)  # if we failed because our parent died, it has something to remove
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -88,18 +91,13 @@ def _build_server(configure: Configure, channel: Channel):  # type: ignore[no-un
         )
     counters = Counters(Path(configure.shared_dir) / DRAFT_COUNTERS_FILE, DRAFT_FIELDS, create=False)
     counters.set("messages", 0)
-    channel.send(
-        Ready(PROTOCOL_VERSION, engine.vocab_size, engine.num_blocks, engine.block_size, *step_times)
-    )
+    channel.send(Ready(engine.num_blocks, engine.block_size, *step_times))
     return DraftServer(configure, engine, channel, cache, counters, laws)
 
 
-def _exit_with_parent(configure: Configure, parent: int) -> None:
-    sys.stdin.buffer.read()
-    deadline = time.monotonic() + PARENT_DIES_S
-    while os.getppid() == parent and time.monotonic() < deadline:
-        time.sleep(0.005)
-    if os.getppid() != parent:  # it died and could not clean up
+def _exit_with_parent(configure: Configure) -> None:
+    farewell = sys.stdin.buffer.read()
+    if not farewell:
         shutil.rmtree(configure.shared_dir, ignore_errors=True)
     os._exit(0)
 

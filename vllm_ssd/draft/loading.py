@@ -8,6 +8,7 @@ import torch
 from vllm import ir
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.utils import resolve_kv_cache_layout
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
@@ -17,6 +18,10 @@ from vllm.v1.worker.workspace import init_workspace_manager
 
 from vllm_ssd.channel import Configure
 from vllm_ssd.compat import kv_cache_config, supported_kv_cache_layouts
+
+_RESERVED_BLOCKS = 2  # vLLM's null block, and one for what fills up a graph's batch
+
+logger = init_logger("vllm.ssd")
 
 
 class UnsupportedDraft(ValueError):
@@ -31,7 +36,8 @@ def engine_config(configure: Configure) -> VllmConfig:
         tokenizer=configure.model,
         skip_tokenizer_init=True,
         max_num_seqs=max_rows,
-        max_num_batched_tokens=max_rows + configure.prefill_chunk,
+        # Of the warm-up's first step too, which has two tokens a row: nothing is compiled for longer ones.
+        max_num_batched_tokens=max_rows + max(configure.prefill_chunk, configure.max_rows),
         enforce_eager=configure.enforce_eager,
         enable_prefix_caching=False,
         disable_log_stats=True,
@@ -63,11 +69,14 @@ def init_device(config: VllmConfig, device: torch.device, folder: str) -> None:
 def plan_kv_cache(config: VllmConfig, memory_bytes: int) -> KVCacheConfig:
     """Plan the KV cache, in one layout for all layers.
 
+    Where it is too small for a request of the full length, `max_model_len` is lowered to what it holds:
+    longer requests are served, and go on without drafts.
+
     Args:
         memory_bytes: for all of it.
 
     Raises:
-        UnsupportedDraft: if the layers are not all full attention, or not alike.
+        UnsupportedDraft: if the layers are not all full attention, or not alike, or the memory holds nothing.
     """
     specs = get_kv_cache_spec(config)
     if not all(type(spec) is FullAttentionSpec for spec in specs.values()):
@@ -75,6 +84,16 @@ def plan_kv_cache(config: VllmConfig, memory_bytes: int) -> KVCacheConfig:
         raise UnsupportedDraft(
             f"draft layers are {', '.join(kinds)}; choose a draft with full attention only"
         )
+    block_bytes = sum(spec.page_size_bytes for spec in specs.values())
+    usable_blocks = memory_bytes // block_bytes - _RESERVED_BLOCKS
+    if usable_blocks < 1:
+        raise UnsupportedDraft(f"its KV cache needs {block_bytes} bytes a block; raise ssd_draft_memory")
+    length = usable_blocks * config.cache_config.block_size
+    if length < config.model_config.max_model_len:
+        logger.warning(
+            "ssd_draft_memory holds the KV of %d tokens: longer requests go on without drafts", length
+        )
+        config.model_config.max_model_len = length
     resolve_kv_cache_layout(config, [supported_kv_cache_layouts(config)], specs.values())
     plan = kv_cache_config(config, specs, memory_bytes)
     if len(plan.kv_cache_groups) != 1:

@@ -73,9 +73,9 @@ class Measured:
         self._num_ranks = num_ranks
         self._kinds: dict[tuple[bool, float], OutcomeStatistics] = {}
 
-    def of(self, verifies_hit: bool, temperature: float) -> OutcomeStatistics:
+    def of(self, verifies_branch: bool, temperature: float) -> OutcomeStatistics:
         """Those of rounds that verify a branch's drafts, or a fallback's, near this temperature."""
-        kind = (verifies_hit, round(temperature, 1))
+        kind = (verifies_branch, round(temperature, 1))
         if kind not in self._kinds:
             self._kinds[kind] = OutcomeStatistics(self._num_ranks)
         return self._kinds[kind]

@@ -40,6 +40,13 @@ class Awaited:
     num_drafts: int
 
 
+@dataclass(frozen=True)
+class Adopted:
+    """A branch came true."""
+
+    laws: list[Float32Array]  # [V] each: what its drafts were drawn from; none where they were not drawn
+
+
 class DraftRequest:
     """One request of the target.
 
@@ -127,22 +134,17 @@ class DraftRequest:
             self._pool.remember(self.tokens[: self.num_confirmed], self.blocks)
             self._remembered = True
 
-    def settle(self, outcome: RoundOutcome) -> list[Float32Array] | None:
-        """Take in the target's decision of this round.
-
-        Returns:
-            If it adopted a branch, the laws [V] that its drafts were drawn from (none where they were not
-            drawn); None if there was no such branch.
-        """
-        laws = self._adopt(outcome)
-        if laws is None:
+    def settle(self, outcome: RoundOutcome) -> Adopted | None:
+        """Take in the target's decision of this round; None if it had no branch."""
+        adopted = self._adopt(outcome)
+        if adopted is None:
             self._rewind(outcome)
-        self.verifies_branch = laws is not None
+        self.verifies_branch = adopted is not None
         self.round = outcome.round + 1
         self.num_entries = 0
         self._forked.clear()
         self.awaited = None
-        return laws
+        return adopted
 
     def await_drafts(self, tokens: list[int], num_drafts: int) -> bool:
         """The target waits for drafts after `tokens`, which it decided on: nothing else can happen any more.
@@ -282,7 +284,7 @@ class DraftRequest:
         k = len(tokens) - 1
         return tokens[:k] == self.tokens[self.num_confirmed :][:k]
 
-    def _adopt(self, outcome: RoundOutcome) -> list[Float32Array] | None:
+    def _adopt(self, outcome: RoundOutcome) -> Adopted | None:
         k = len(outcome.tokens) - 1
         if not self._continues(outcome.tokens):
             return None
@@ -294,7 +296,7 @@ class DraftRequest:
             known = group.chains[branch, 1 : 1 + min(num_drafts, group.steps)].tolist()
             if known == outcome.drafts:
                 self._become(group, branch, outcome)
-                return group.laws(branch, num_drafts) if self.is_drawn else []
+                return Adopted(group.laws(branch, num_drafts) if self.is_drawn else [])
         return None
 
     def _become(self, group: BranchGroup, branch: int, outcome: RoundOutcome) -> None:

@@ -8,9 +8,9 @@ accepted length can be forked at once.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -30,20 +30,22 @@ from vllm_ssd.channel import (
 )
 from vllm_ssd.costs import RunningMean
 from vllm_ssd.counters import Counters
+from vllm_ssd.draft.batch import TrunkRow, build_rows
 from vllm_ssd.draft.blocks import BlockPool
 from vllm_ssd.draft.branches import BranchGroup
 from vllm_ssd.draft.measured import Measured, OutcomeStatistics
 from vllm_ssd.draft.requests import BlockCopies, DraftRequest
-from vllm_ssd.draft.rows import Candidates, Place, Predictions, Rows, RowSampling
+from vllm_ssd.draft.rows import Candidates, Place, Predictions, Rows
 from vllm_ssd.draft_laws import DraftLaws
 from vllm_ssd.fanout import geometric_fanout, global_fanout, listed_fanout, scale_fanout, uniform_fanout
-from vllm_ssd.noise import draft_seed
 from vllm_ssd.outcome import OutcomeCache
 
 IDLE_POLL_MS = 200
 SPIN_SECONDS = 0.02  # after work, before the draft's core may sleep: with cold caches steps are slow
 
 Int64Array = npt.NDArray[np.int64]
+
+logger = logging.getLogger("vllm.ssd")
 
 
 class Engine(Protocol):
@@ -61,14 +63,6 @@ class Engine(Protocol):
     def likeliest(self, places: list[Place], num_candidates: int) -> Candidates: ...
 
     def copy_blocks(self, sources: Int64Array, targets: Int64Array) -> None: ...
-
-
-@dataclass
-class TrunkRow:
-    """A stretch of a request's trunk to compute in this step."""
-
-    request: DraftRequest
-    num_tokens: int
 
 
 class DraftServer:
@@ -118,7 +112,6 @@ class DraftServer:
                 self._take_in_messages(IDLE_POLL_MS if is_quiet else 0)
             except EOFError:
                 return
-            self._counters.add("heartbeat")
             if self.step():
                 last_busy = time.monotonic()
 
@@ -209,11 +202,11 @@ class DraftServer:
         if request.awaited is None:  # else it was counted then
             k, token = len(outcome.tokens) - 1, outcome.tokens[-1]
             self._statistics(request).add(k, request.num_sent, request.rank(k, token))
-        laws = request.settle(outcome)
-        if laws is not None:
+        adopted = request.settle(outcome)
+        if adopted is not None:
             self._counters.add("adopted")
-        if laws and self._laws is not None:
-            self._laws.publish(request.slot, request.epoch, request.round, laws)
+            if adopted.laws and self._laws is not None:
+                self._laws.publish(request.slot, request.epoch, request.round, adopted.laws)
         self._starved.clear()  # the branches that did not come true have given their blocks back
 
     def _asked_about(self, row: MissedRow | RoundOutcome) -> DraftRequest | None:
@@ -233,7 +226,7 @@ class DraftServer:
         """Run the step; the same branches as in the last one only go on."""
         goes_on = not trunk_rows and [group for _, group in groups] == self._advancing
         self._advancing = [] if trunk_rows else [group for _, group in groups]
-        return self._engine.advance() if goes_on else self._engine.forward(_build_rows(trunk_rows, groups))
+        return self._engine.advance() if goes_on else self._engine.forward(build_rows(trunk_rows, groups))
 
     def _read_candidates(self) -> None:
         """Those of all positions that are about to be forked, at once."""
@@ -314,13 +307,22 @@ class DraftServer:
             if not request.num_uncomputed or not request.fits or request.slot in self._starved or not room:
                 continue
             if not request.reserve():
-                self._starved.add(request.slot)
-                self._counters.add("starved")
+                self._note_starved(request)
                 continue
             num_tokens = min(request.num_uncomputed, room)
             room -= num_tokens
             rows.append(TrunkRow(request, num_tokens))
         return rows
+
+    def _note_starved(self, request: DraftRequest) -> None:
+        if not self._counters["starved"]:
+            logger.warning(
+                "no KV blocks left for a request of %d tokens, which goes on without drafts: raise "
+                "ssd_draft_memory (said once)",
+                len(request.tokens),
+            )
+        self._starved.add(request.slot)
+        self._counters.add("starved")
 
     def _groups(self, requests: list[DraftRequest], below: int) -> list[tuple[DraftRequest, BranchGroup]]:
         """Groups with fewer than `below` steps behind them, the least advanced first, as many as rows allow.
@@ -347,7 +349,7 @@ class DraftServer:
     ) -> None:
         taken = 0
         for row in trunk_rows:
-            for k in _wanted_lengths(row):
+            for k in row.lengths:
                 row.request.unread[k] = Place(predictions, taken)
                 taken += 1
             row.request.computed(row.num_tokens)
@@ -357,56 +359,3 @@ class DraftServer:
             taken += len(group)
             if group.steps <= self._num_drafts:
                 self._cache.publish(request.slot, group.first_entry, group.steps - 1, tokens)
-
-
-def _wanted_lengths(row: TrunkRow) -> range:
-    """The accepted lengths k whose candidates this stretch of the trunk yields."""
-    request = row.request
-    last_confirmed = request.num_confirmed - 1
-    first = max(request.num_computed, last_confirmed) - last_confirmed
-    return range(first, request.num_computed + row.num_tokens - last_confirmed)
-
-
-def _build_rows(trunk_rows: list[TrunkRow], groups: list[tuple[DraftRequest, BranchGroup]]) -> Rows:
-    tokens, positions, query_lens, tables, wanted = [], [], [], [], []
-    asked_for: list[DraftRequest] = []  # whose each wanted position is
-    num_tokens = 0
-    for row in trunk_rows:
-        begin, end = row.request.num_computed, row.request.num_computed + row.num_tokens
-        tokens.append(np.array(row.request.tokens[begin:end], dtype=np.int64))
-        positions.append(np.arange(begin, end))
-        query_lens.append(np.array([row.num_tokens], dtype=np.int32))
-        tables.append(row.request.block_table()[None, :])
-        num_tokens += row.num_tokens
-        wanted.append(np.arange(num_tokens - len(_wanted_lengths(row)), num_tokens))
-        asked_for += [row.request] * len(wanted[-1])
-    for request, group in groups:
-        tokens.append(group.next_tokens)
-        positions.append(group.next_positions)
-        query_lens.append(np.ones(len(group), dtype=np.int32))
-        tables.append(group.block_tables)
-        wanted.append(np.arange(num_tokens, num_tokens + len(group)))
-        asked_for += [request] * len(group)
-        num_tokens += len(group)
-    return Rows(
-        np.concatenate(tokens),
-        np.concatenate(positions),
-        np.concatenate(query_lens),
-        np.concatenate(tables),
-        np.concatenate(wanted),
-        _sampling_of_rows(asked_for) if any(request.sampling.temperature for request in asked_for) else None,
-    )
-
-
-def _sampling_of_rows(requests: list[DraftRequest]) -> RowSampling:
-    sampling = [request.sampling for request in requests]
-    seeds = [
-        draft_seed(request.sampling.seed, request.round) if request.is_drawn else request.sampling.seed
-        for request in requests
-    ]
-    return RowSampling(
-        np.array([how.temperature for how in sampling], dtype=np.float32),
-        np.array(seeds, dtype=np.int64),
-        np.array([how.top_k for how in sampling], dtype=np.int32),
-        np.array([how.top_p for how in sampling], dtype=np.float32),
-    )

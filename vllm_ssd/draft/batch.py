@@ -1,0 +1,73 @@
+"""One step's batch, built of stretches of trunks and of branches (pure)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_ssd.draft.branches import BranchGroup
+from vllm_ssd.draft.requests import DraftRequest
+from vllm_ssd.draft.rows import Rows, RowSampling
+from vllm_ssd.noise import draft_seed
+
+
+@dataclass
+class TrunkRow:
+    """A stretch of a request's trunk to compute in this step."""
+
+    request: DraftRequest
+    num_tokens: int
+
+    @property
+    def lengths(self) -> range:
+        """The accepted lengths k whose candidates it yields."""
+        last_confirmed = self.request.num_confirmed - 1
+        first = max(self.request.num_computed, last_confirmed) - last_confirmed
+        return range(first, self.request.num_computed + self.num_tokens - last_confirmed)
+
+
+def build_rows(trunk_rows: list[TrunkRow], groups: list[tuple[DraftRequest, BranchGroup]]) -> Rows:
+    """The rows of one step: first the trunks', then the branches', which are fed with their last draft."""
+    tokens, positions, query_lens, tables, wanted = [], [], [], [], []
+    asked_for: list[DraftRequest] = []  # whose each wanted position is
+    num_tokens = 0
+    for row in trunk_rows:
+        begin, end = row.request.num_computed, row.request.num_computed + row.num_tokens
+        tokens.append(np.array(row.request.tokens[begin:end], dtype=np.int64))
+        positions.append(np.arange(begin, end))
+        query_lens.append(np.array([row.num_tokens], dtype=np.int32))
+        tables.append(row.request.block_table()[None, :])
+        num_tokens += row.num_tokens
+        wanted.append(np.arange(num_tokens - len(row.lengths), num_tokens))
+        asked_for += [row.request] * len(wanted[-1])
+    for request, group in groups:
+        tokens.append(group.next_tokens)
+        positions.append(group.next_positions)
+        query_lens.append(np.ones(len(group), dtype=np.int32))
+        tables.append(group.block_tables)
+        wanted.append(np.arange(num_tokens, num_tokens + len(group)))
+        asked_for += [request] * len(group)
+        num_tokens += len(group)
+    return Rows(
+        np.concatenate(tokens),
+        np.concatenate(positions),
+        np.concatenate(query_lens),
+        np.concatenate(tables),
+        np.concatenate(wanted),
+        _sampling_of_rows(asked_for) if any(request.sampling.temperature for request in asked_for) else None,
+    )
+
+
+def _sampling_of_rows(requests: list[DraftRequest]) -> RowSampling:
+    sampling = [request.sampling for request in requests]
+    seeds = [
+        draft_seed(request.sampling.seed, request.round) if request.is_drawn else request.sampling.seed
+        for request in requests
+    ]
+    return RowSampling(
+        np.array([how.temperature for how in sampling], dtype=np.float32),
+        np.array(seeds, dtype=np.int64),
+        np.array([how.top_k for how in sampling], dtype=np.int32),
+        np.array([how.top_p for how in sampling], dtype=np.float32),
+    )
