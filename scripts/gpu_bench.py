@@ -4,13 +4,16 @@
     python scripts/gpu_bench.py --out DIR --dry-run      # anywhere: tiny shapes, all but the device itself
 
 Each measurement runs in a process of its own, which gives all memory back. Weights are random, of true
-shape. Out come DIR/gpu_bench.json and DIR/gpu_bench.md. A dry run's times mean nothing and are marked so.
+shape; models lie in a temporary folder (TMPDIR), which takes 20 GB. Out come DIR/gpu_bench.json and
+DIR/gpu_bench.md. What fails is a row there, and the rest goes on. A dry run's times mean nothing and are
+marked so.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -19,11 +22,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu_parts import DRY, REAL, SINGLE, Sizes, dtype_name
-from harness import describe_run, exit_on_signals, provenance, write_json
+from gpu_parts import DRY, REAL, SINGLE, Sizes, check_pair, dtype_name
+from harness import describe_run, exit_on_signals, parse_number, provenance, write_json
 from rich.console import Console
 
 SCRIPTS = Path(__file__).parent
@@ -33,47 +37,63 @@ MPS_CONTROL, MPS_LIMIT_S = "nvidia-cuda-mps-control", 20
 console = Console()
 
 
-def verify(sizes: Sizes, out: Path, dry: bool) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Run:
+    """One call of this script."""
+
+    sizes: Sizes
+    is_dry: bool
+    scratch: Path  # gone afterwards
+    deadline: float = math.inf  # of time.monotonic()
+
+
+def verify(run: Run) -> list[dict[str, Any]]:
     """Steps of a target over batch x (K + 1) tokens, logits included, without attention over a context.
 
     vLLM spreads the tokens of such a step over as many requests as it can, so logits are of
     min(tokens, largest batch) rows.
     """
     rows = []
-    for name, shape in sizes.targets.items():
-        rows += in_process("verify_one", out, dry, name, shape)
+    for name, shape in run.sizes.targets.items():
+        rows += in_process(run, "verify_one", name, shape)
     return rows
 
 
-def draft(sizes: Sizes, out: Path, dry: bool) -> list[dict[str, Any]]:
+def draft(run: Run) -> list[dict[str, Any]]:
     """Steps of the draft by rows, eager and as CUDA graphs, beside what reading its weights takes."""
     rows = []
-    for name, shape in sizes.drafts.items():
-        for mode in ("eager",) if dry else ("eager", "captured"):
-            rows += in_process("draft_one", out, dry, name, shape, mode)
+    for name, shape in run.sizes.drafts.items():
+        for mode in ("eager",) if run.is_dry else ("eager", "captured"):
+            rows += in_process(run, "draft_one", name, shape, mode)
     return rows
 
 
-def end_to_end(sizes: Sizes, out: Path, dry: bool) -> list[dict[str, Any]]:
+def end_to_end(run: Run) -> list[dict[str, Any]]:
     """AR, vLLM's draft_model and SSD on one GPU, which target and draft share: in turns, and by MPS."""
-    models = out / "models" / "pair"
-    if not (models / "target" / "config.json").exists():
-        command = [sys.executable, str(SCRIPTS / "make_demo_models.py"), "--random", "--out", str(models)]
-        command += ["--target-shape", sizes.pair[0], "--draft-shape", sizes.pair[1], "--epsilon", "0.05"]
-        subprocess.run([*command, "--dtype", dtype_name()], check=True)
-    rows = []
+    check_pair(REAL)  # in a dry run too, which writes another pair
+    rows = write_pair(run)
+    if rows:
+        return rows
     for method in ("ar", "draft_model", "ssd"):
-        rows += in_process("end_to_end_one", out, dry, method)
+        rows += in_process(run, "end_to_end_one", method)
     if not shutil.which(MPS_CONTROL):
         console.print(f"no {MPS_CONTROL} here: target and draft only take turns", highlight=False)
         return rows
     try:
         with multi_process_service() as has_served:
-            shared = in_process("end_to_end_one", out, dry, "ssd")
+            shared = in_process(run, "end_to_end_one", "ssd")
             is_shared = has_served()
     except (OSError, subprocess.SubprocessError) as error:
         return [*rows, {"failed": MPS_CONTROL, "error": str(error)}]
     return rows + [row | {"mps": is_shared} for row in shared]
+
+
+def write_pair(run: Run) -> list[dict[str, Any]]:
+    """Write the pair's models; a row with an error if that fails."""
+    target, draft = run.sizes.pair
+    command = [sys.executable, str(SCRIPTS / "make_demo_models.py"), "--random"]
+    command += ["--out", str(run.scratch / "pair"), "--target-shape", target, "--draft-shape", draft]
+    return call(run, "models", [*command, "--epsilon", "0.05", "--dtype", dtype_name()])[1]
 
 
 @contextmanager
@@ -118,30 +138,37 @@ def _ask_service(question: str) -> str:
 
 
 PARTS: dict[str, Callable[..., list[dict[str, Any]]]] = {
-    "kernels": lambda sizes, out, dry: in_process("kernels_one", out, dry),
+    "kernels": lambda run: in_process(run, "kernels_one"),
     "verify": verify,
     "draft": draft,
     "end_to_end": end_to_end,
 }
 
 
-def in_process(name: str, out: Path, dry: bool, *args: str) -> list[dict[str, Any]]:
+def in_process(run: Run, name: str, *args: str) -> list[dict[str, Any]]:
     """The rows that a function of SINGLE returns in a process of its own; a row with an error if it fails."""
-    command = [sys.executable, __file__, "--out", str(out), "--single", json.dumps([name, *args])]
+    command = [sys.executable, __file__, "--out", str(run.scratch), "--single", json.dumps([name, *args])]
     label = " ".join([name.removesuffix("_one"), *args])
-    began = time.perf_counter()
+    printed, failed = call(run, label, command + ["--dry-run"] * run.is_dry)
+    lines = printed.splitlines()
+    return [json.loads(line[len(MARK) :]) for line in lines if line.startswith(MARK)] + failed
+
+
+def call(run: Run, label: str, command: list[str]) -> tuple[str, list[dict[str, Any]]]:
+    """What a command prints, and a row with its error if it fails or takes too long."""
+    began = time.monotonic()
+    limit = max(min(TIME_LIMIT_S, run.deadline - began), 0)
     try:
-        done = subprocess.run(
-            command + ["--dry-run"] * dry, capture_output=True, text=True, timeout=TIME_LIMIT_S, check=False
-        )
-        printed, errors, code = done.stdout, done.stderr, done.returncode
+        done = subprocess.run(command, capture_output=True, timeout=limit, check=False)
+        printed, errors = done.stdout, done.stderr
+        failure = f"exit code {done.returncode}" if done.returncode else ""
     except subprocess.TimeoutExpired as error:
-        printed, errors, code = "", f"{error}", 1
-    rows = [json.loads(line[len(MARK) :]) for line in printed.splitlines() if line.startswith(MARK)]
-    console.print(f"{label}: {len(rows)} rows in {time.perf_counter() - began:.0f} s", highlight=False)
-    if code:
-        rows.append({"failed": label, "error": errors[-2000:]})
-    return rows
+        printed, errors = error.stdout or b"", error.stderr or b""
+        failure = f"stopped after {limit:.0f} s"
+    seconds = time.monotonic() - began
+    console.print(f"{label}: {failure or 'done'} ({seconds:.0f} s)", highlight=False, markup=False)
+    text = f"{failure}\n{errors.decode(errors='replace')[-2000:]}"
+    return printed.decode(errors="replace"), [{"failed": label, "error": text}] if failure else []
 
 
 def write_table(path: Path, run: dict[str, Any], parts: dict[str, list[dict[str, Any]]], dry: bool) -> None:
@@ -152,6 +179,8 @@ def write_table(path: Path, run: dict[str, Any], parts: dict[str, list[dict[str,
     for part, rows in parts.items():
         good = [row for row in rows if "failed" not in row]
         lines += [f"\n## {part}\n", *(f"* failed: {row['failed']}" for row in rows if "failed" in row)]
+        if not good:
+            continue
         names = [
             name for name in dict.fromkeys(key for row in good for key in row) if "tokens_of" not in name
         ]
@@ -180,8 +209,9 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--out", type=Path, required=True, help="folder for the figures, and for models meanwhile")
+    add("--out", type=Path, required=True, help="folder for the figures")
     add("--parts", type=parse_parts, default=",".join(PARTS), help="default: all")
+    add("--limit", type=parse_number, default=math.inf, help="seconds for all of it; default: none")
     add("--dry-run", action="store_true", help="tiny shapes, on the CPU if there is no GPU")
     add("--single", help=argparse.SUPPRESS)  # this script calls itself
     return parser.parse_args()
@@ -202,13 +232,18 @@ def main() -> None:
             print(MARK + json.dumps(row), flush=True)
         return
     exit_on_signals()
-    run = describe_run()
+    described = describe_run()
     parts: dict[str, list[dict[str, Any]]] = {}
-    for name in args.parts:
-        parts[name] = PARTS[name](sizes, args.out, args.dry_run)
-        # After each part: the machine may be taken away before the last.
-        write_json(args.out / "gpu_bench.json", run | {"dry_run": args.dry_run, "parts": parts})
-        write_table(args.out / "gpu_bench.md", run, parts, args.dry_run)
+    with tempfile.TemporaryDirectory(prefix="gpu-bench-") as scratch:
+        run = Run(sizes, args.dry_run, Path(scratch), time.monotonic() + args.limit)
+        for name in args.parts:
+            try:
+                parts[name] = PARTS[name](run)
+            except Exception as error:
+                parts[name] = [{"failed": name, "error": repr(error)}]
+            # After each part: the machine may be taken away before the last.
+            write_json(args.out / "gpu_bench.json", described | {"dry_run": args.dry_run, "parts": parts})
+            write_table(args.out / "gpu_bench.md", described, parts, args.dry_run)
     failed = [row for rows in parts.values() for row in rows if "failed" in row]
     for row in failed:
         console.print(f"failed: {row['failed']}\n{row['error']}", highlight=False, markup=False)

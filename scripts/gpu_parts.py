@@ -29,6 +29,8 @@ class Sizes:
 
 LLAMA_1B = "layers=16,hidden=2048,heads=32,kv_heads=8,head_dim=64,intermediate=8192,vocab=128256"
 LLAMA_8B = "layers=32,hidden=4096,heads=32,kv_heads=8,head_dim=128,intermediate=14336,vocab=128256"
+# As LLAMA_1B, with heads of the 8B's dimension: only such a draft can be nested in it.
+PAIR_1B = "layers=16,hidden=2048,heads=16,kv_heads=8,head_dim=128,intermediate=8192,vocab=128256"
 DRAFT_STEPS = 5  # K of the draft round that is timed
 REAL = Sizes(
     targets={
@@ -43,7 +45,7 @@ REAL = Sizes(
         "Llama-3.2-1B": LLAMA_1B,
         "Qwen3-0.6B": "layers=28,hidden=1024,heads=16,kv_heads=8,head_dim=128,intermediate=3072,vocab=151936",
     },
-    pair=(LLAMA_8B, LLAMA_1B),
+    pair=(LLAMA_8B, PAIR_1B),
     vocab=128_256,
     verify_batches=(1, 2, 4, 8, 16, 32, 64),
     verify_drafts=tuple(range(9)),
@@ -194,6 +196,14 @@ def kernels(sizes: Sizes) -> list[dict[str, Any]]:
     ]
 
 
+def check_pair(sizes: Sizes) -> None:
+    """Raise a ValueError if the pair's target cannot contain its draft."""
+    from demo.nested import check_nested, parse_shape
+
+    target, draft = (parse_shape(shape) for shape in sizes.pair)
+    check_nested(draft, target)
+
+
 def write_config(folder: Path, shape: str) -> str:
     """A model folder without weights, for load_format "dummy"."""
     from demo.nested import parse_shape
@@ -222,10 +232,10 @@ def make_llm(model: str, **options: Any) -> Any:
     return LLM(model, **(defaults | options))
 
 
-def verify_one(sizes: Sizes, out: Path, dry: bool, name: str, shape: str) -> list[dict[str, Any]]:
+def verify_one(sizes: Sizes, scratch: Path, dry: bool, name: str, shape: str) -> list[dict[str, Any]]:
     """Of one target."""
     llm = make_llm(
-        write_config(out / "models" / "target", shape),
+        write_config(scratch / "target", shape),
         load_format="dummy",
         enforce_eager=dry,
         max_num_seqs=max(sizes.verify_batches),
@@ -248,7 +258,9 @@ def verify_one(sizes: Sizes, out: Path, dry: bool, name: str, shape: str) -> lis
     return llm.collective_rpc(time_steps)[0]
 
 
-def draft_one(sizes: Sizes, out: Path, dry: bool, name: str, shape: str, mode: str) -> list[dict[str, Any]]:
+def draft_one(
+    sizes: Sizes, scratch: Path, dry: bool, name: str, shape: str, mode: str
+) -> list[dict[str, Any]]:
     """Of one draft."""
     from device import DEVICE
 
@@ -257,7 +269,7 @@ def draft_one(sizes: Sizes, out: Path, dry: bool, name: str, shape: str, mode: s
     from vllm_ssd.draft.engine import DraftEngine
 
     vllm_ssd.register()
-    folder = out / "rendezvous"
+    folder = scratch / "rendezvous"
     folder.mkdir(exist_ok=True)
     (folder / "rendezvous").unlink(missing_ok=True)
     most = max(sizes.draft_rows)
@@ -266,7 +278,7 @@ def draft_one(sizes: Sizes, out: Path, dry: bool, name: str, shape: str, mode: s
             address="",
             shared_dir=str(folder),
             table_dir=str(folder),
-            model=write_config(out / "models" / "draft", shape),
+            model=write_config(scratch / "draft", shape),
             engine_args={
                 "dtype": dtype_name(),
                 "max_model_len": 1024,
@@ -319,12 +331,12 @@ def draft_one(sizes: Sizes, out: Path, dry: bool, name: str, shape: str, mode: s
     ]
 
 
-def end_to_end_one(sizes: Sizes, out: Path, dry: bool, method: str) -> list[dict[str, Any]]:
+def end_to_end_one(sizes: Sizes, scratch: Path, dry: bool, method: str) -> list[dict[str, Any]]:
     """Of one method."""
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
-    models = out / "models" / "pair"
+    models = scratch / "pair"
     options: dict[str, Any] = {
         "enforce_eager": dry,
         "max_num_seqs": max(sizes.batches),
@@ -363,7 +375,7 @@ def end_to_end_one(sizes: Sizes, out: Path, dry: bool, method: str) -> list[dict
 
 
 SINGLE: dict[str, Callable[..., list[dict[str, Any]]]] = {
-    "kernels_one": lambda sizes, out, dry: kernels(sizes),
+    "kernels_one": lambda sizes, scratch, dry: kernels(sizes),
     "verify_one": verify_one,
     "draft_one": draft_one,
     "end_to_end_one": end_to_end_one,

@@ -95,6 +95,16 @@ def _head_slots(draft: LlamaConfig, target: LlamaConfig) -> tuple[list[int], lis
     return slots, [(group, group // copies) for group in range(copies * draft.num_key_value_heads)]
 
 
+def check_nested(draft: LlamaConfig, target: LlamaConfig) -> None:
+    """Raise a ValueError unless such a target can contain such a draft."""
+    sizes = ("num_hidden_layers", "hidden_size", "intermediate_size")
+    if draft.vocab_size != target.vocab_size or any(
+        getattr(draft, key) > getattr(target, key) for key in sizes
+    ):
+        raise ValueError("the draft must be no larger than the target, with the same vocabulary")
+    _head_slots(draft, target)
+
+
 def nest_layer(
     big: dict[str, Tensor], small: dict[str, Tensor], draft: LlamaConfig, target: LlamaConfig, epsilon: float
 ) -> None:
@@ -137,14 +147,7 @@ def random_weights(
     With a draft configuration the result is the target that contains the draft of the same seed.
     """
     inner = draft or config
-    if (
-        any(
-            getattr(inner, key) > getattr(config, key)
-            for key in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
-        )
-        or inner.vocab_size != config.vocab_size
-    ):
-        raise ValueError("the draft must be no larger than the target, with the same vocabulary")
+    check_nested(inner, config)
     width = config.hidden_size
     # The root mean square over the wider stream is smaller by this factor while the added channels are 0.
     norm = torch.full((width,), math.sqrt(inner.hidden_size / width))

@@ -57,13 +57,13 @@ def engine(engines: Engines, pair: tuple[Path, Path], num_drafts: int = K, **opt
 
 
 TEMPERATURES = [Law(0.5), Law(1.5)]
-GRAMMAR = (2, 3, 5, 6)  # the tokens that it allows
+GRAMMAR = (4, 6, 7)  # the tokens that it allows
 CONSTRAINED = [
     Law(1.0, top_k=3),
     Law(1.0, top_p=0.8),
     Law(1.3, 5, 0.9),
     Law(0.7),
-    Law(1.0, allowed=GRAMMAR),
+    Law(0.5, allowed=GRAMMAR),
 ]
 PENALISED = [
     Law(1.0, repetition_penalty=1.5),
@@ -178,6 +178,22 @@ def accepting(comparison: str, verify: Callable[..., Any]) -> Callable[..., Any]
     names = dict(vars(ratio))
     exec(source.replace(" < p.gather", f" {comparison} p.gather"), names)
     return names["verify"]
+
+
+@pytest.mark.skipif(not FULL, reason="the bias is small: it takes many samples")
+def test_drafts_that_a_grammar_lets_through_no_longer_have_the_law_q(
+    engines: Engines,
+    small_vocabulary_pair: tuple[Path, Path],
+    model: LlamaForCausalLM,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So that they must count as point masses."""
+    from vllm_ssd.runner_v1 import SSDModelRunner
+
+    llm = engine(engines, small_vocabulary_pair, ssd_verify="ratio")
+    in_worker(llm, give_draft_time)
+    monkeypatch.setattr(SSDModelRunner, "_has_grammar", lambda runner, request_id: False)
+    assert_rejected(model, llm, [Law(0.5, allowed=GRAMMAR)])
 
 
 @pytest.mark.parametrize("fault", ["q of another temperature", "greedy acceptance on a miss"])

@@ -49,6 +49,7 @@ def engine(engines: Engines, pair: Pair, tmp_path_factory: pytest.TempPathFactor
                 "block_size": BLOCK,
             },
             max_rows=24,
+            prefill_chunk=MAX_LEN,  # compiled code takes no step longer than that
             enforce_eager=DEVICE == "cpu",
         )
     )
