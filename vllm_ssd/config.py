@@ -7,6 +7,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import groupby
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +17,7 @@ from vllm.config.utils import config
 from vllm.platforms import current_platform
 from vllm.utils.cpu_resource_utils import get_allowed_cpu_list
 
-from vllm_ssd.shared import NAME_BYTES, name_shared_folder
+from vllm_ssd.shared import NAME_BYTES, name_shared_folder, remove_at_exit
 
 GIB = 1 << 30
 MAX_SPECULATIVE_TOKENS = 16
@@ -140,6 +141,8 @@ def create_ssd_config(engine_args: Any, target_model_config: Any, target_paralle
     ssd = SSDSpeculativeConfig(
         **options, target_model_config=target_model_config, target_parallel_config=target_parallel_config
     )
+    assert ssd.ssd_shared_dir is not None
+    remove_at_exit(Path(ssd.ssd_shared_dir))
     if target_parallel_config.worker_cls != "auto":
         worker = target_parallel_config.worker_cls
         raise ValueError(f"method 'ssd' brings its own worker; remove worker_cls={worker!r}")

@@ -51,15 +51,21 @@ class DraftLaws:
         self, shared_dir: Path, max_slots: int, num_speculative_tokens: int, vocab_size: int, *, create: bool
     ) -> None:
         shape = (max_slots, num_speculative_tokens, vocab_size)
+        self._paths = (shared_dir / LAWS_FILE, shared_dir / KEYS_FILE)
         try:
-            self._laws: Float32Array = map_array(shared_dir / LAWS_FILE, np.float32, shape, create=create)
+            self._laws: Float32Array = map_array(self._paths[0], np.float32, shape, create=create)
         except OSError as error:
             raise OSError(
                 f"no room in {shared_dir} for {4 * math.prod(shape) / 2**20:.0f} MiB of the draft's laws "
                 "(max_num_seqs x num_speculative_tokens x vocabulary): lower max_num_seqs, set "
                 "ssd_shared_dir, or use ssd_verify='coupled', which needs none"
             ) from error
-        self._keys = map_array(shared_dir / KEYS_FILE, np.int64, (max_slots, 3), create=create)
+        self._keys = map_array(self._paths[1], np.int64, (max_slots, 3), create=create)
+
+    def unlink(self) -> None:
+        """Take the files' names away, see `OutcomeCache.unlink`."""
+        for path in self._paths:
+            path.unlink(missing_ok=True)
 
     def publish(self, slot: int, epoch: int, round_: int, laws: list[Float32Array]) -> None:
         """Write the laws of the drafts that are verified in `round_`, one of [V] each."""

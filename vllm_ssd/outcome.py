@@ -58,8 +58,13 @@ class OutcomeCache:
         create: bool,
     ) -> None:
         shape = (max_slots, branch_budget, FIRST_DRAFT + num_speculative_tokens)
-        self.entries: Int64Array = map_array(shared_dir / TABLE_FILE, np.int64, shape, create=create)
+        self._path = shared_dir / TABLE_FILE
+        self.entries: Int64Array = map_array(self._path, np.int64, shape, create=create)
         self.num_speculative_tokens = num_speculative_tokens
+
+    def unlink(self) -> None:
+        """Take the file's name away, once both halves have mapped it: it ends with the last of them."""
+        self._path.unlink(missing_ok=True)
 
     def look_up(self, outcomes: list[Outcome]) -> list[list[int] | None]:
         """For each outcome the drafts that continue it, to the depth reached; None where it has no entry.

@@ -8,7 +8,9 @@ import os
 import re
 import shutil
 import tempfile
+import time
 import uuid
+import weakref
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,6 +20,7 @@ import numpy.typing as npt
 PREFIX = "vllm-ssd-"
 LOCK_FILE = "owner"
 _NAME_DIGITS = 12
+_PATIENCE_S = 2.0  # a killed process holds its lock until its memory is freed
 NAME_BYTES = len(PREFIX) + _NAME_DIGITS
 
 Number = TypeVar("Number", bound=np.generic)
@@ -86,17 +89,40 @@ class SharedFolder:
         os.close(self._lock)
 
 
+def remove_at_exit(folder: Path) -> None:
+    """In an engine's frontend: remove the engine's folder when this process ends, if it has been killed.
+
+    `vllm serve` gives its engine no time to end by itself unless it is told to (`--shutdown-timeout`). A
+    finalizer and not `atexit`, since those run in reverse order: vLLM's, which ends the engine, comes first.
+    """
+    weakref.finalize(remove_at_exit, _remove_once_abandoned, folder)
+
+
+def _remove_once_abandoned(folder: Path) -> None:
+    deadline = time.monotonic() + _PATIENCE_S
+    while (folder / LOCK_FILE).exists() and not _remove_if_abandoned(folder):
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0.01)
+
+
 def _remove_abandoned(parent: Path) -> None:
     for lock in parent.glob(f"{PREFIX}*/{LOCK_FILE}"):
-        try:
-            descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
-        except OSError:  # another user's, or gone by now
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # its owner lives
-            continue
-        else:
-            shutil.rmtree(lock.parent, ignore_errors=True)
-        finally:
-            os.close(descriptor)
+        _remove_if_abandoned(lock.parent)
+
+
+def _remove_if_abandoned(folder: Path) -> bool:
+    """Whether its owner has gone."""
+    try:
+        descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:  # another user's, or gone by now
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # its owner lives
+        return False
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        return True
+    finally:
+        os.close(descriptor)

@@ -197,6 +197,10 @@ class DraftSupervisor:
         )
 
     def _become_ready(self, message: Ready) -> None:
+        # Both have mapped them. Whatever kills whom from now on, no large file and no user's token is left.
+        for table in (self._cache, self._laws):
+            if table is not None:
+                table.unlink()
         self.step_times = (message.step_base, message.step_per_row)
         self._state = State.READY
         self._last_progress = time.monotonic()

@@ -43,6 +43,26 @@ def test_what_lies_in_the_users_folder_stays(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis"]
 
 
+FRONTEND = """
+import subprocess, sys, time
+from pathlib import Path
+from vllm_ssd.shared import remove_at_exit
+remove_at_exit(Path(sys.argv[1]))
+engine = subprocess.Popen([sys.executable, "-c", sys.argv[2], sys.argv[1]], stdin=-1, stdout=-1)
+engine.stdout.readline()
+if sys.argv[3] == "kill":
+    engine.kill()
+"""
+
+
+@pytest.mark.parametrize("end", ["kill", "let live"])
+def test_a_frontend_removes_what_its_killed_engine_left(tmp_path: Path, end: str) -> None:
+    """And nothing of an engine that lives on for a while: it ends when its standard input does."""
+    folder = tmp_path / f"{PREFIX}engine"
+    subprocess.run([sys.executable, "-c", FRONTEND, str(folder), OWN_AND_WAIT, end], check=True, timeout=60)
+    assert folder.exists() == (end != "kill")
+
+
 def test_a_folder_that_is_there_is_nobodys_to_take(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError):
         SharedFolder(tmp_path)

@@ -135,6 +135,7 @@ def test_from_loading_to_ready(bench: Bench) -> None:
     assert bench.counters["draft_alive"] == 1
     assert bench.supervisor.pid == Process.last.pid
     assert Path(Process.last.asked.table_dir).is_dir()
+    assert not list(Path(Process.last.asked.table_dir).iterdir())  # both have mapped what there was
     assert Process.last.asked.address == Channel.last.address
 
 
