@@ -66,6 +66,5 @@ class DraftProcess:
         stdin = self._process.stdin
         assert stdin is not None
         if not stdin.closed:
-            with contextlib.suppress(BrokenPipeError):  # it has gone by itself
+            with contextlib.suppress(OSError), stdin:  # it may have gone by itself
                 stdin.write(_FAREWELL)
-            stdin.close()
