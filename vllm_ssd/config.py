@@ -37,7 +37,7 @@ _FIXED_OPTIONS: dict[str, Any] = {
     "attention_backend": None,
 }
 _ORDERED_STORES = ("x86_64", "AMD64")  # names of CPUs whose stores other cores see in order
-SHORT_FLAGS = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
+_SHORT_FLAGS = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
 _DRAFT_MEMORY = {"cpu": 0.5, "cuda": 4.0}  # GiB
 _BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 _bound: str | None = None  # what an engine of this process has set that to
@@ -161,7 +161,7 @@ def _merged_options(engine_args: Any) -> dict[str, Any]:
     """The speculative config, and what the command line's --spec-method and its kin add to it."""
     given = engine_args.speculative_config or {}
     options = {name.replace("-", "_"): value for name, value in given.items()}
-    for flag, name in SHORT_FLAGS.items():
+    for flag, name in _SHORT_FLAGS.items():
         value = getattr(engine_args, flag, None)
         if value is None:
             continue

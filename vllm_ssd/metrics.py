@@ -31,7 +31,7 @@ METRICS: dict[str, tuple[str, str, float]] = {
     "vllm:ssd_cache_late": ("Lookups whose outcome was foreseen but had no drafts yet.", "late", 1),
     "vllm:ssd_undrafted": ("Outcomes while there was no draft process to ask.", "undrafted", 1),
     "vllm:ssd_fallback_none": ("Missed rows that went on without drafts.", "fallback_none", 1),
-    "vllm:ssd_fallback_ngram": ("Missed rows that n-grams were looked for.", "fallback_ngram", 1),
+    "vllm:ssd_fallback_ngram": ("Missed rows for which n-grams were looked up.", "fallback_ngram", 1),
     "vllm:ssd_laws_late": ("Rows verified without the law of their drafts.", "laws_late", 1),
     "vllm:ssd_fallback_draft": ("Missed rows that went on with just-in-time drafts.", "fallback_draft", 1),
     "vllm:ssd_wait_seconds": ("Time the target waited for the draft.", "wait_ns", 1e-9),

@@ -263,9 +263,11 @@ class Proposer:
             found = [None] * len(rows)
         else:
             self._count(rows, found)
-        missed = [row for row, drafts in zip(rows, found, strict=True) if drafts is None]
+        missed = []
         for row, drafts in zip(rows, found, strict=True):
-            if drafts is not None:
+            if drafts is None:
+                missed.append(row)
+            else:
                 row.request.drafts = Drafts(DRAFT, drafts)
         for row, instead in zip(missed, self._fall_back(missed, plan.num_drafts), strict=True):
             row.request.drafts = instead

@@ -112,7 +112,7 @@ def _remove_abandoned(parent: Path) -> None:
 
 
 def _remove_if_abandoned(folder: Path) -> bool:
-    """Whether its owner has gone."""
+    """Remove the folder if its owner has gone; whether it was so."""
     try:
         descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CLOEXEC)
     except OSError:  # another user's, or gone by now

@@ -34,7 +34,7 @@ def main() -> None:
         _serve(configure)
     except Exception:
         traceback.print_exc()
-        _exit(1, watcher)
+        _exit_failed(watcher)
     watcher.join()  # whoever hangs up closes standard input too
 
 
@@ -48,12 +48,12 @@ def _serve(configure: Configure) -> None:
     server.run()
 
 
-def _exit(code: int, watcher: threading.Thread) -> NoReturn:
+def _exit_failed(watcher: threading.Thread) -> NoReturn:
     """Without Python's own shutting down, which would wait for standard input: the watcher is reading it."""
     watcher.join(CLEANING_UP_S)  # if we failed because our parent died, it has something to remove
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(1)
 
 
 def _build_server(configure: Configure, channel: Channel):  # type: ignore[no-untyped-def]
