@@ -14,10 +14,13 @@ import numpy as np
 from pydantic import Field
 from vllm.config.speculative import SpeculativeConfig
 from vllm.config.utils import config
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.utils.cpu_resource_utils import get_allowed_cpu_list
 
 from vllm_ssd.shared import NAME_BYTES, name_shared_folder, remove_at_exit
+
+logger = init_logger("vllm.ssd")
 
 GIB = 1 << 30
 MAX_SPECULATIVE_TOKENS = 16
@@ -150,6 +153,7 @@ def create_ssd_config(engine_args: Any, target_model_config: Any, target_paralle
         target_parallel_config.worker_cls = "vllm_ssd.worker_cpu.SSDWorker"
         engine_args.async_scheduling = False  # the V1 runner hands async drafters an empty list of tokens
         _leave_cores_to_draft(ssd.draft_cores, target_parallel_config.local_world_size)
+        _warn_of_shared_cores(ssd.draft_cores)
     else:
         target_parallel_config.worker_cls = "vllm_ssd.worker_cuda.SSDWorker"
         if ssd.ssd_planner:
@@ -328,13 +332,12 @@ def _choose_draft_cores(ssd: SSDSpeculativeConfig) -> list[int]:
         return cores
     if not current_platform.is_cpu():
         return allowed
-    left = sorted(set(allowed) - _target_cores())
+    left = sorted(set(allowed) - _bound_cores(_binding_by_user()))
     return [(left or allowed)[-1]]
 
 
-def _target_cores() -> set[int]:
-    """Cores the user bound the target to; empty where vLLM is left to choose."""
-    binding = _binding_by_user()
+def _bound_cores(binding: str) -> set[int]:
+    """Cores a binding names for the target; empty where vLLM is left to choose."""
     if binding in ("", "auto", "nobind"):
         return set()
     return {core for part in binding.split("|") for core in parse_cores(part, _BINDING)}
@@ -360,6 +363,18 @@ def _leave_cores_to_draft(draft_cores: list[int], num_ranks: int) -> None:
         )
     if any(shares):
         os.environ[_BINDING] = _bound = "|".join(_format_cores(sorted(share)) for share in shares)
+
+
+def _warn_of_shared_cores(draft_cores: list[int]) -> None:
+    target_cores = _bound_cores(os.environ.get(_BINDING, "auto")) or os.sched_getaffinity(0)
+    shared = sorted(target_cores & set(draft_cores))
+    if shared:
+        logger.warning(
+            "target and draft share core %s, which may be many times slower than no speculation at all: give "
+            "the draft a core of its own with ssd_draft_cores, and the target others with %s",
+            _format_cores(shared),
+            _BINDING,
+        )
 
 
 def _shares_of_ranks(draft_cores: list[int], num_ranks: int) -> list[list[int]]:

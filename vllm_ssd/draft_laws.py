@@ -9,7 +9,6 @@ order.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -56,9 +55,8 @@ class DraftLaws:
             self._laws: Float32Array = map_array(self._paths[0], np.float32, shape, create=create)
         except OSError as error:
             raise OSError(
-                f"no room in {shared_dir} for {4 * math.prod(shape) / 2**20:.0f} MiB of the draft's laws "
-                "(max_num_seqs x num_speculative_tokens x vocabulary): lower max_num_seqs, set "
-                "ssd_shared_dir, or use ssd_verify='coupled', which needs none"
+                f"{error}; it is for the draft's laws (max_num_seqs x num_speculative_tokens x vocabulary): "
+                "lower max_num_seqs, or use ssd_verify='coupled', which needs none"
             ) from error
         self._keys = map_array(self._paths[1], np.int64, (max_slots, 3), create=create)
 

@@ -26,14 +26,24 @@ logger = init_logger("vllm.ssd")
 
 # Prometheus counter -> (documentation, counter, factor)
 METRICS: dict[str, tuple[str, str, float]] = {
+    "vllm:ssd_rounds": ("Steps of the target that SSD had a part in.", "rounds", 1),
     "vllm:ssd_cache_lookups": ("Verification outcomes looked up in the outcome cache.", "lookups", 1),
     "vllm:ssd_cache_hits": ("Lookups that found drafts.", "hits", 1),
     "vllm:ssd_cache_late": ("Lookups whose outcome was foreseen but had no drafts yet.", "late", 1),
+    "vllm:ssd_drafts_served": ("Draft tokens that lookups found.", "drafts_served", 1),
     "vllm:ssd_undrafted": ("Outcomes while there was no draft process to ask.", "undrafted", 1),
-    "vllm:ssd_fallback_none": ("Missed rows that went on without drafts.", "fallback_none", 1),
-    "vllm:ssd_fallback_ngram": ("Missed rows for which n-grams were looked up.", "fallback_ngram", 1),
-    "vllm:ssd_laws_late": ("Rows verified without the law of their drafts.", "laws_late", 1),
-    "vllm:ssd_fallback_draft": ("Missed rows that went on with just-in-time drafts.", "fallback_draft", 1),
+    "vllm:ssd_fallback_none": (
+        "Rows that missed, or had no draft process to ask, and went on without drafts.",
+        "fallback_none",
+        1,
+    ),
+    "vllm:ssd_fallback_ngram": ("Such rows for which n-grams were looked up.", "fallback_ngram", 1),
+    "vllm:ssd_fallback_draft": ("Such rows that went on with just-in-time drafts.", "fallback_draft", 1),
+    "vllm:ssd_laws_late": (
+        "Rows whose drafts' probabilities came too late for ratio verification.",
+        "laws_late",
+        1,
+    ),
     "vllm:ssd_wait_seconds": ("Time the target waited for the draft.", "wait_ns", 1e-9),
     "vllm:ssd_critical_path_seconds": ("Time SSD took on the target's side.", "critical_path_ns", 1e-9),
     "vllm:ssd_draft_restarts": ("Draft processes started again.", "draft_restarts", 1),
@@ -68,7 +78,10 @@ class CounterReader:
         for path, fields in self._sources:
             try:
                 now |= Counters(path, fields, create=False).as_dict()
-            except FileNotFoundError:
+            except (
+                OSError,
+                ValueError,
+            ):  # gone, still empty, or no descriptors left: vLLM's own must not suffer
                 return {}
         return now
 
@@ -105,7 +118,9 @@ class SSDCollector:
                     family.add_metric(labels, counters[counter] * factor)
             yield family
         is_alive = GaugeMetricFamily(
-            "vllm:ssd_draft_alive", "1 while the draft process answers.", labels=self._labelnames
+            "vllm:ssd_draft_alive",
+            "1 if the draft process answered in the target's last round.",
+            labels=self._labelnames,
         )
         for labels, counters in counted:
             if counters:

@@ -41,8 +41,15 @@ def map_array(
         OSError: if there is no room for it. (A write would be too late: that kills the process.)
     """
     if create:
+        num_bytes = np.dtype(dtype).itemsize * math.prod(shape)
         with path.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, np.dtype(dtype).itemsize * math.prod(shape))
+            try:
+                os.posix_fallocate(file.fileno(), 0, num_bytes)
+            except OSError as error:
+                raise OSError(
+                    f"no room for {num_bytes / 2**20:.0f} MiB in {path.parent} ({error}): enlarge that file "
+                    "system, or set ssd_shared_dir to a folder on another one"
+                ) from error
     # The plain array is the same memory, without memmap's slower indexing.
     return np.asarray(np.memmap(path, dtype, "r+", shape=shape))
 

@@ -11,12 +11,14 @@ The draft is in one of five states. `check`, which the target calls once a round
                                     +--no restarts left, or it cannot be ended--> gone
 
 Nothing here waits, once the draft has loaded for the first time: a killed process takes what time it takes to
-go. Serving never fails because of the draft: outside of `ready` there is no outcome cache to ask.
+go, and one that dies again and again is started at growing intervals. Serving never fails because of the
+draft: outside of `ready` there is no outcome cache to ask.
 """
 
 from __future__ import annotations
 
 import shutil
+import signal
 import time
 from enum import Enum
 from pathlib import Path
@@ -33,6 +35,11 @@ from vllm_ssd.outcome import OutcomeCache
 logger = init_logger("vllm.ssd")
 
 KILL_AFTER_STALLS = 15  # a draft silent for this many stall timeouts is killed and started again
+LONGEST_STEPS = (
+    3  # in which a draft has to read something: it reads between steps, and prompts make them long
+)
+HEALTHY_S = 600.0  # having served for so long, a draft's earlier deaths are forgotten
+RESTART_PAUSE_S = 5.0  # before the second restart in a row; before the third it is twice that, and so on
 ENDING_TIMEOUT_S = 30.0  # a process that is not gone by then hangs in a driver; its device may do so too
 AWAIT_POLL_S = 0.02
 
@@ -47,7 +54,7 @@ class State(Enum):
     LOADING = "loading"
     READY = "ready"
     STALLED = "stalled"
-    ENDING = "ending"  # killed
+    ENDING = "ending"  # killed, or waiting to be started again
     GONE = "gone"
 
 
@@ -58,8 +65,8 @@ class DraftSupervisor:
         configure: what the draft is told; the address and table folder are filled in for each process.
         counters: the target's counters.
         ready_timeout_s: how long a draft may take to load.
-        stall_timeout_s: how long a draft may leave messages unread.
-        max_restarts: how often a draft that died is started again.
+        stall_timeout_s: how long a draft may leave messages unread; longer where its steps are.
+        max_restarts: how often in a row a draft that died is started again.
     """
 
     def __init__(
@@ -73,11 +80,13 @@ class DraftSupervisor:
         self._configure = configure
         self._counters = counters
         self._ready_timeout_s = ready_timeout_s
-        self._stall_timeout_s = stall_timeout_s
+        self._stall_timeout_s = self._patience_s = stall_timeout_s
         self._max_restarts = max_restarts
         shared_dir = Path(configure.shared_dir)
         self._draft_counters = Counters(shared_dir / DRAFT_COUNTERS_FILE, DRAFT_FIELDS, create=True)
         self._incarnation = 0
+        self._num_deaths = 0  # in a row
+        self._ready_since: float | None = None
         self.step_times = (0.0, 0.0)  # of the draft, once it is ready: seconds, and of each further row
         self._spawn()
 
@@ -120,7 +129,7 @@ class DraftSupervisor:
                 self._become_ready(message)
                 return
             if exit_code is not None:
-                raise DraftFailed(f"the draft process exited with code {exit_code}; see its output above")
+                raise DraftFailed(f"the draft process {_how_it_ended(exit_code)}; see its output above")
             if time.monotonic() > self._deadline:
                 raise DraftFailed(f"no draft after {self._ready_timeout_s:g} s; raise ssd_ready_timeout")
             time.sleep(AWAIT_POLL_S)
@@ -135,7 +144,7 @@ class DraftSupervisor:
         exit_code = self._process.exit_code()
         if exit_code is not None:
             message = self._receive()  # one that failed says why, then exits
-            self._restart(message.reason if isinstance(message, Failed) else f"exited with code {exit_code}")
+            self._restart(message.reason if isinstance(message, Failed) else _how_it_ended(exit_code))
             return False
         self._flush()
         if self._state is State.READY:
@@ -202,8 +211,10 @@ class DraftSupervisor:
             if table is not None:
                 table.unlink()
         self.step_times = (message.step_base, message.step_per_row)
+        longest_step_s = message.step_base + message.step_per_row * self._configure.prefill_chunk
+        self._patience_s = max(self._stall_timeout_s, LONGEST_STEPS * longest_step_s)
         self._state = State.READY
-        self._last_progress = time.monotonic()
+        self._last_progress = self._ready_since = time.monotonic()
         self._counters.set("draft_alive", 1)
         logger.info(
             "SSD draft is ready: process %d, cores %s, %d KV blocks of %d tokens",
@@ -242,8 +253,8 @@ class DraftSupervisor:
         now = time.monotonic()
         if num_read != self._num_read or num_read >= self._num_sent:
             self._num_read, self._last_progress = num_read, now
-        elif now - self._last_progress > self._stall_timeout_s:
-            self._stall(f"it has read nothing for {self._stall_timeout_s:g} s")
+        elif now - self._last_progress > self._patience_s:
+            self._stall(f"it has read nothing for {self._patience_s:.3g} s")
 
     def _check_recovery(self) -> bool:
         if self._draft_counters["messages"] != self._num_read:
@@ -253,7 +264,7 @@ class DraftSupervisor:
             self._num_read, self._last_progress = self._draft_counters["messages"], time.monotonic()
             self.send(Reset())
             return self._state is State.READY
-        if time.monotonic() - self._last_progress > KILL_AFTER_STALLS * self._stall_timeout_s:
+        if time.monotonic() - self._last_progress > KILL_AFTER_STALLS * self._patience_s:
             self._restart("did not answer any more")
         return False
 
@@ -266,13 +277,19 @@ class DraftSupervisor:
         logger.warning("SSD draft is stalled (%s); decoding goes on without it", reason)
 
     def _restart(self, reason: str) -> None:
+        now = time.monotonic()
+        if self._ready_since is not None and now - self._ready_since > HEALTHY_S:
+            self._num_deaths = 0
+        self._num_deaths += 1
+        self._ready_since = None
         self._state = State.ENDING
-        self._deadline = time.monotonic() + ENDING_TIMEOUT_S
+        self._deadline = now + ENDING_TIMEOUT_S
+        self._not_before = now + (self._num_deaths - 1) * RESTART_PAUSE_S
         self._process.kill()
         self._channel.close()
         shutil.rmtree(self._table_dir, ignore_errors=True)
         self._counters.set("draft_alive", 0)
-        if self._incarnation > self._max_restarts:
+        if self._num_deaths > self._max_restarts:
             self._give_up(f"{reason}; no restarts left")
             return
         logger.warning("SSD draft %s; starting it again, decoding goes on meanwhile", reason)
@@ -280,17 +297,26 @@ class DraftSupervisor:
         self._start_again()
 
     def _start_again(self) -> None:
-        """Start another process as soon as the killed one is gone, and with it what it held."""
+        """Start another process once it is time, and the killed one is gone and with it what it held."""
         if self._process.exit_code() is None:
             if time.monotonic() > self._deadline:
                 self._give_up(f"has been killed and is still there after {ENDING_TIMEOUT_S:g} s")
             return
-        self._counters.add("draft_restarts")
+        if time.monotonic() < self._not_before:
+            return
         try:
             self._spawn()
         except OSError as error:
-            self._give_up(f"cannot be started again ({error})")
+            self._restart(f"cannot be started again ({error})")
+        else:
+            self._counters.add("draft_restarts")
 
     def _give_up(self, reason: str) -> None:
         self._state = State.GONE
         logger.error("SSD draft %s; decoding goes on without it", reason)
+
+
+def _how_it_ended(exit_code: int) -> str:
+    if exit_code >= 0:
+        return f"exited with code {exit_code}"
+    return f"was ended by signal {-exit_code}" + (" (out of memory?)" if exit_code == -signal.SIGKILL else "")

@@ -159,6 +159,7 @@ class Quitter(DraftProcess):
 def test_never_ready_again(serving: Serving, log: Messages, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last test with this engine: it ends without a draft."""
     draft = serving.pid
+    monkeypatch.setattr(supervisor, "RESTART_PAUSE_S", 0.01)
     monkeypatch.setattr(supervisor, "DraftProcess", Sleeper)
     os.kill(draft, signal.SIGKILL)
     serving.answer_until(lambda counted: counted["draft"]["pid"] != draft)

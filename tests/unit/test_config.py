@@ -139,6 +139,7 @@ REFUSED: list[Any] = [
     ({"rejection_sample_method": "block"}, ("rejection_sample_method", "remove it")),
     ({"parallel_drafting": True}, ("parallel_drafting", "remove it")),
     ({"draft_tensor_parallel_size": 2}, ("draft_tensor_parallel_size",)),
+    ({"ssd_saguaro_c": 0.5}, ("ssd_saguaro_c=0.5", "ssd_verify='ratio'")),
     ({"ssd_shared_dir": "/dev/shm/" + 80 * "x"}, ("ssd_shared_dir", "at most 63 bytes")),
 ]
 
@@ -160,6 +161,12 @@ def test_refused_options(pair: Pair, options: dict[str, Any], parts: tuple[str, 
         {"ssd_draft_memory": 0.0},
         {"ssd_max_rows": 0},
         {"ssd_prefill_chunk": 0},
+        {"ssd_verify": "hope"},
+        {"ssd_saguaro_c": 1.5},
+        {"ssd_branch_budget": 5000},
+        {"ssd_ready_timeout": 0.0},
+        {"ssd_stall_timeout": 0.0},
+        {"ssd_max_restarts": -1},
         {"num_speculative_tokens": 0},
     ],
     ids=lambda options: next(iter(options)),
@@ -406,3 +413,36 @@ class TestCores:
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-2")
         _leave_cores_to_draft([1, 3], 1)
         assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "0-2"
+
+    @pytest.mark.parametrize(
+        ("binding", "shared"), [("0-2", None), ("0-3", "3"), ("0,1|2,3", "3"), ("nobind", "3")]
+    )
+    def test_shared_cores_are_told(
+        self, monkeypatch: pytest.MonkeyPatch, binding: str, shared: str | None
+    ) -> None:
+        from vllm_ssd import config
+
+        said: list[str] = []
+        monkeypatch.setattr(config.logger, "warning", lambda text, *args: said.append(text % args))
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", binding)
+        config._warn_of_shared_cores([3])
+        assert [f"share core {shared}," in text for text in said] == [True] * (shared is not None)
+
+
+def test_the_readme_has_every_option_with_its_default() -> None:
+    from dataclasses import fields
+
+    from vllm_ssd.config import SSDSpeculativeConfig
+
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in readme.splitlines() if line.startswith("| `ssd_")]
+    told = {row[0].strip("| `"): row[1].strip("` ") for row in rows}
+    defaults = {
+        field.name: getattr(field.default, "default", field.default)
+        for field in fields(SSDSpeculativeConfig)
+        if field.name.startswith("ssd_")
+    }
+    assert told.keys() == defaults.keys()
+    for name, default in defaults.items():
+        if default not in (None, "auto"):  # those are told in words
+            assert told[name] == default or json.loads(told[name]) == default, name

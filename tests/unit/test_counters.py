@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -73,6 +75,48 @@ def test_prometheus_shows_the_counters_of_the_engine_that_is_there(tmp_path: Pat
     assert 'vllm:ssd_wait_seconds_total{engine="0",model_name="new"} 1.5' in page
     assert 'vllm:ssd_draft_alive{engine="0",model_name="new"} 1.0' in page
     assert 'model_name="old"' not in page
+
+
+def test_no_counters_are_no_failure_of_a_scrape(tmp_path: Path) -> None:
+    """vLLM's own metrics are on the same page."""
+    from vllm_ssd.metrics import CounterReader
+
+    reader = CounterReader(tmp_path, 2)
+    (tmp_path / TARGET_COUNTERS_FILE).touch()  # made, and not filled yet
+    assert reader.read() == {}
+    (tmp_path / TARGET_COUNTERS_FILE).unlink()
+    (tmp_path / TARGET_COUNTERS_FILE).mkdir()
+    assert reader.read() == {}
+
+
+def test_the_log_line_follows_vllms_own(tmp_path: Path) -> None:
+    from vllm_ssd.metrics import SSDSpecDecodingLogging
+
+    said: list[str] = []
+
+    class Stock:
+        def log(self, log_fn: Callable[..., None]) -> None:
+            log_fn("SpecDecoding metrics: %d", 1)
+
+    target = Counters(tmp_path / TARGET_COUNTERS_FILE, target_fields(4), create=True)
+    draft = Counters(tmp_path / DRAFT_COUNTERS_FILE, DRAFT_FIELDS, create=True)
+    speculation = SimpleNamespace(ssd_shared_dir=str(tmp_path), num_speculative_tokens=4)
+    line = SSDSpecDecodingLogging(Stock(), speculation)
+
+    def log() -> list[str]:
+        said.clear()
+        line.log(lambda text, *values: said.append(text % values))
+        return said
+
+    assert log() == ["SpecDecoding metrics: 1"]  # no rounds, nothing to say
+    for name, count in {"rounds": 4, "lookups": 8, "hits": 6, "late": 1, "critical_path_ns": 800_000}.items():
+        target.add(name, count)
+    draft.add("steps", 10)
+    draft.add("step_ns", 5_000_000)
+    said_by_ssd = log()[1]
+    assert said_by_ssd.startswith("SSD metrics: Hit rate: 75.0% (6 of 8 lookups), Late: 1, ")
+    assert "Critical path: 0.200 ms/round, Draft step: 0.50 ms, " in said_by_ssd
+    assert len(log()) == 1  # each line tells of what came since the last
 
 
 @pytest.mark.parametrize("k", [1, 4])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import stat
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from vllm_ssd.shared import NAME_BYTES, PREFIX, SharedFolder, name_shared_folder
+from vllm_ssd.draft_laws import DraftLaws
+from vllm_ssd.shared import NAME_BYTES, PREFIX, SharedFolder, map_array, name_shared_folder
 
 OWN_AND_WAIT = """
 import sys
@@ -27,6 +31,17 @@ def test_private_and_removed(tmp_path: Path) -> None:
     (folder.path / "file").touch()
     folder.remove()
     assert not folder.path.exists()
+
+
+def test_no_room_is_told_with_what_would_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", fail)
+    with pytest.raises(OSError, match=rf"no room for 2 MiB in {tmp_path} .*No space left.*ssd_shared_dir"):
+        map_array(tmp_path / "table", np.int64, (512, 512), create=True)
+    with pytest.raises(OSError, match=r"no room for 8 MiB .*ssd_shared_dir.*ssd_verify='coupled'"):
+        DraftLaws(tmp_path, 16, 4, 32768, create=True)
 
 
 def test_names_differ() -> None:

@@ -13,9 +13,17 @@ from wire import configure
 from vllm_ssd import supervisor as supervisor_module
 from vllm_ssd.channel import Configure, Failed, Ready, Reset, Stop
 from vllm_ssd.counters import DRAFT_COUNTERS_FILE, DRAFT_FIELDS, Counters, target_fields
-from vllm_ssd.supervisor import ENDING_TIMEOUT_S, KILL_AFTER_STALLS, DraftFailed, DraftSupervisor, State
+from vllm_ssd.supervisor import (
+    ENDING_TIMEOUT_S,
+    HEALTHY_S,
+    KILL_AFTER_STALLS,
+    RESTART_PAUSE_S,
+    DraftFailed,
+    DraftSupervisor,
+    State,
+)
 
-READY = Ready(10, 32, 0.1, 0.01)
+READY = Ready(10, 32, 0.001, 0.0001)
 READY_TIMEOUT, STALL_TIMEOUT, MAX_RESTARTS = 30.0, 2.0, 2
 
 
@@ -101,8 +109,8 @@ class Bench:
         )
         self.draft = Counters(folder / DRAFT_COUNTERS_FILE, DRAFT_FIELDS, create=False)
 
-    def make_ready(self) -> None:
-        Channel.last.inbox.append(READY)
+    def make_ready(self, ready: Ready = READY) -> None:
+        Channel.last.inbox.append(ready)
         assert self.supervisor.check()
         assert self.supervisor.state is State.READY
 
@@ -113,6 +121,13 @@ class Bench:
         self.clock.now += STALL_TIMEOUT + 0.1
         assert not self.supervisor.check()
         assert self.supervisor.state is State.STALLED
+
+    def die(self) -> None:
+        """The draft dies; the next one is started, if there is to be one, when its time has come."""
+        Process.last.code = -9
+        assert not self.supervisor.check()
+        self.clock.now += MAX_RESTARTS * RESTART_PAUSE_S
+        assert not self.supervisor.check()
 
 
 @pytest.fixture
@@ -154,7 +169,7 @@ def test_awaiting_a_draft_that_fails(bench: Bench) -> None:
 
 def test_awaiting_a_draft_that_dies(bench: Bench) -> None:
     Process.last.code = -9
-    with pytest.raises(DraftFailed, match="code -9"):
+    with pytest.raises(DraftFailed, match=r"signal 9 \(out of memory\?\)"):
         bench.supervisor.await_ready()
 
 
@@ -184,6 +199,19 @@ def test_a_slow_draft_is_not_stalled(bench: Bench) -> None:
         bench.clock.now += STALL_TIMEOUT * 0.9
         bench.supervisor.check()
     assert bench.supervisor.state is State.READY
+
+
+def test_a_draft_in_a_step_over_a_long_prompt_is_not_stalled(bench: Bench) -> None:
+    """It reads between its steps, and this one's take longer than the timeout."""
+    bench.make_ready(Ready(10, 32, STALL_TIMEOUT, 0.0))
+    bench.supervisor.send(Stop(0, 1))
+    bench.supervisor.check()
+    bench.clock.now += 2 * STALL_TIMEOUT
+    bench.supervisor.check()
+    assert bench.supervisor.state is State.READY
+    bench.clock.now += 2 * STALL_TIMEOUT
+    bench.supervisor.check()
+    assert bench.supervisor.state is State.STALLED
 
 
 def test_a_draft_that_had_nothing_to_read_for_long_is_not_stalled(bench: Bench) -> None:
@@ -311,16 +339,14 @@ def test_restarts_end_some_time(bench: Bench) -> None:
     for restart in range(MAX_RESTARTS):
         old = Process.last
         table = old.asked.table_dir
-        old.code = -9
-        assert not bench.supervisor.check()
+        bench.die()
         assert bench.counters["draft_restarts"] == restart + 1
         assert Process.last is not old
         assert not Path(table).exists()
         assert Process.last.asked.table_dir != table
         assert bench.supervisor.cache is None
         bench.make_ready()
-    Process.last.code = -9
-    assert not bench.supervisor.check()
+    bench.die()
     assert bench.supervisor.state is State.GONE
     assert not bench.supervisor.check()
     assert bench.supervisor.cache is None
@@ -329,11 +355,58 @@ def test_restarts_end_some_time(bench: Bench) -> None:
     bench.supervisor.close()
 
 
+def test_a_draft_that_dies_again_and_again_is_started_at_intervals(bench: Bench) -> None:
+    bench.make_ready()
+    Process.last.code = -9
+    bench.supervisor.check()
+    assert Process.count == 2  # at once
+    Process.last.code = -9
+    for _ in range(3):
+        bench.supervisor.check()
+        assert bench.supervisor.state is State.ENDING
+    bench.clock.now += RESTART_PAUSE_S - 0.1
+    bench.supervisor.check()
+    assert Process.count == 2
+    bench.clock.now += 0.2
+    bench.supervisor.check()
+    assert Process.count == 3
+    assert bench.supervisor.state is State.LOADING
+
+
+def test_deaths_are_forgotten_after_long_service(bench: Bench) -> None:
+    for _ in range(2 * MAX_RESTARTS + 1):
+        bench.make_ready()
+        bench.clock.now += HEALTHY_S + 1
+        Process.last.code = -9
+        bench.supervisor.check()
+        assert bench.supervisor.state is State.LOADING  # each time at once
+
+
+def test_a_draft_that_cannot_be_started_is_tried_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as while the machine has no memory left."""
+
+    def fail(asked: Configure) -> None:
+        raise OSError("no room")
+
+    bench.make_ready()
+    monkeypatch.setattr(supervisor_module, "DraftProcess", fail)
+    Process.last.code = -9
+    bench.supervisor.check()
+    assert bench.supervisor.state is State.ENDING
+    assert bench.supervisor.cache is None
+    monkeypatch.setattr(supervisor_module, "DraftProcess", Process)
+    bench.clock.now += RESTART_PAUSE_S + 0.1
+    bench.supervisor.check()
+    assert bench.counters["draft_restarts"] == 1
+    bench.make_ready()
+    bench.die()
+    assert bench.supervisor.state is State.GONE  # the failed start counted as a death
+
+
 def test_messages_after_the_end_are_dropped(bench: Bench) -> None:
     bench.make_ready()
     for _ in range(MAX_RESTARTS + 1):
-        Process.last.code = 1
-        bench.supervisor.check()
+        bench.die()
     bench.supervisor.send(Stop(0, 1))
     assert bench.supervisor.state is State.GONE
 
@@ -343,6 +416,8 @@ def test_a_restarted_draft_that_cannot_load(bench: Bench) -> None:
     Process.last.code = 1
     bench.supervisor.check()
     Channel.last.inbox.append(Failed("out of memory"))
+    assert not bench.supervisor.check()
+    bench.clock.now += RESTART_PAUSE_S
     assert not bench.supervisor.check()
     assert bench.counters["draft_restarts"] == 2
     bench.clock.now += READY_TIMEOUT + 1  # and one that takes too long

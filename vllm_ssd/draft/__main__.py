@@ -25,7 +25,8 @@ CLEANING_UP_S = 1.0
 
 def main() -> None:
     """Run the draft process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the target, which then stops us
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the target then stops us
+        signal.signal(number, signal.SIG_IGN)
     configure = msgspec.json.decode(sys.stdin.buffer.readline(), type=Configure)
     os.sched_setaffinity(0, configure.cores)
     watcher = threading.Thread(target=_exit_with_parent, args=(configure,), daemon=True)
