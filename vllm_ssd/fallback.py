@@ -70,15 +70,15 @@ class DraftAccess(Protocol):
 class Fallback(Protocol):
     """Drafts for the missed rows of one step."""
 
-    def propose(self, missed: Sequence[MissedOutcome], draft: DraftAccess) -> list[Drafts]:
-        """Drafts for each row; a row for which there are none goes on without."""
+    def propose(self, missed: Sequence[MissedOutcome], num_drafts: int, draft: DraftAccess) -> list[Drafts]:
+        """At most so many drafts for each row; a row for which there are none goes on without."""
         ...
 
 
 class NoFallback:
     """Missed rows take one exact autoregressive step."""
 
-    def propose(self, missed: Sequence[MissedOutcome], draft: DraftAccess) -> list[Drafts]:
+    def propose(self, missed: Sequence[MissedOutcome], num_drafts: int, draft: DraftAccess) -> list[Drafts]:
         return [NOTHING] * len(missed)
 
 
@@ -89,23 +89,19 @@ class NgramFallback:
         match: (tokens, shortest n, longest n, max_model_len, number of drafts) -> drafts.
         history: a request's tokens so far, prompt and output.
         max_model_len: the target's.
-        num_drafts: K.
     """
 
-    def __init__(
-        self, match: Matcher, history: Callable[[str], list[int]], max_model_len: int, num_drafts: int
-    ) -> None:
+    def __init__(self, match: Matcher, history: Callable[[str], list[int]], max_model_len: int) -> None:
         self._match = match
         self._history = history
         self._max_model_len = max_model_len
-        self._num_drafts = num_drafts
 
-    def propose(self, missed: Sequence[MissedOutcome], draft: DraftAccess) -> list[Drafts]:
-        return [Drafts(NGRAM, self._find(row.request_id)) for row in missed]
+    def propose(self, missed: Sequence[MissedOutcome], num_drafts: int, draft: DraftAccess) -> list[Drafts]:
+        return [Drafts(NGRAM, self._find(row.request_id, num_drafts)) for row in missed]
 
-    def _find(self, request_id: str) -> list[int]:
+    def _find(self, request_id: str, num_drafts: int) -> list[int]:
         history = np.array(self._history(request_id), dtype=np.int32)
-        return self._match(history, MIN_NGRAM, MAX_NGRAM, self._max_model_len, self._num_drafts)
+        return self._match(history, MIN_NGRAM, MAX_NGRAM, self._max_model_len, num_drafts)
 
 
 class JustInTimeFallback:
@@ -113,17 +109,16 @@ class JustInTimeFallback:
 
     Args:
         costs: as measured so far.
-        num_drafts: K, the most.
     """
 
-    def __init__(self, costs: Costs, num_drafts: int) -> None:
+    def __init__(self, costs: Costs) -> None:
         self._costs = costs
-        self._num_drafts = num_drafts
         self._silent_until: dict[str, float] = {}  # by request, when it is asked for again
 
-    def propose(self, missed: Sequence[MissedOutcome], draft: DraftAccess) -> list[Drafts]:
+    def propose(self, missed: Sequence[MissedOutcome], num_drafts: int, draft: DraftAccess) -> list[Drafts]:
         num_askable = len(self.askable(missed, draft))
-        return self.draft(missed, draft, max(1, self.best_length(num_askable, draft.step_seconds)[0]))
+        length, _ = self.best_length(num_askable, num_drafts, draft.step_seconds)
+        return self.draft(missed, draft, max(1, length))
 
     def askable(self, missed: Sequence[MissedOutcome], draft: DraftAccess) -> list[MissedOutcome]:
         """The rows that the draft may have drafts for."""
@@ -132,14 +127,14 @@ class JustInTimeFallback:
         now = time.perf_counter()
         return [row for row in missed if self._silent_until.get(row.request_id, now) <= now]
 
-    def best_length(self, num_missed: int, step_seconds: float) -> tuple[int, float]:
+    def best_length(self, num_missed: int, num_drafts: int, step_seconds: float) -> tuple[int, float]:
         """The number of drafts that makes the batch fastest, and how fast: 0 where waiting never pays.
 
         The first step may still have to compute what the branches lacked, so n drafts take n + 1 steps.
         """
         a = self._costs.acceptance.value
         best, best_speed, more_tokens = 0, self._costs.speed(0.0, 0.0), 0.0
-        for length in range(1, self._num_drafts + 1):
+        for length in range(1, num_drafts + 1):
             more_tokens += num_missed * a**length
             speed = self._costs.speed(more_tokens, (length + 1) * step_seconds)
             if speed > best_speed:
@@ -199,21 +194,23 @@ class AutoFallback:
         self._just_in_time = just_in_time
         self._num_choices = 0
 
-    def propose(self, missed: Sequence[MissedOutcome], draft: DraftAccess) -> list[Drafts]:
+    def propose(self, missed: Sequence[MissedOutcome], num_drafts: int, draft: DraftAccess) -> list[Drafts]:
         num_askable = len(self._just_in_time.askable(missed, draft))
         if not num_askable:
-            return self._ngram.propose(missed, draft)
-        length, speed = self._just_in_time.best_length(num_askable, draft.step_seconds)
+            return self._ngram.propose(missed, num_drafts, draft)
+        length, speed = self._just_in_time.best_length(num_askable, num_drafts, draft.step_seconds)
         waits = speed > self._costs.speed(num_askable * self._costs.ngram_accepted.value, 0.0)
         self._num_choices += 1
         if self._num_choices % TRY_OTHER_EVERY == 0:
             waits = not waits
         if not waits:
-            return self._ngram.propose(missed, draft)
+            return self._ngram.propose(missed, num_drafts, draft)
         drafts = self._just_in_time.draft(missed, draft, max(1, length))
         without = iter(
             self._ngram.propose(
-                [row for row, found in zip(missed, drafts, strict=True) if found is NOTHING], draft
+                [row for row, found in zip(missed, drafts, strict=True) if found is NOTHING],
+                num_drafts,
+                draft,
             )
         )
         return [next(without) if found is NOTHING else found for found in drafts]

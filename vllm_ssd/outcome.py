@@ -6,8 +6,8 @@ the round counts the verifications since then, so an entry that outlived its pur
 
 Why no lock is needed: the draft rewrites the entries of a slot only after it was told that slot's outcome,
 and the target tells it only after its look-up. Within one entry the draft writes the tokens before it raises
-the depth, and x86 keeps stores in order. Elsewhere a token might be read before it was written: a wrong
-guess, which greedy and coupled verification reject like any other.
+the depth. A look-up that copies the depth, and a token as it was before, has a wrong draft: it is rejected
+like any other, and the draft then sees that another than its own was verified.
 """
 
 from __future__ import annotations

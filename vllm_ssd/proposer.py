@@ -314,12 +314,12 @@ class Proposer:
             return [NOTHING] * len(missed)
         began = time.perf_counter_ns()
         outcomes = [MissedOutcome(row.request_id, row.outcome, row.sampled) for row in missed]
-        drafts = self._fallback.propose(outcomes, self._link)
+        drafts = self._fallback.propose(outcomes, num_drafts, self._link)
         for row in drafts:
             self._counters.add(f"fallback_{row.kind}")
         if any(row.kind == DRAFT for row in drafts):
             self._counters.add("wait_ns", time.perf_counter_ns() - began)
-        return [Drafts(row.kind, row.tokens[:num_drafts]) for row in drafts]
+        return drafts
 
     def _count(self, rows: Sequence[_Row], found: Sequence[list[int] | None]) -> None:
         for row, served in zip(rows, found, strict=True):

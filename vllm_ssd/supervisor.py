@@ -258,12 +258,14 @@ class DraftSupervisor:
 
     def _check_recovery(self) -> bool:
         if self._draft_counters["messages"] != self._num_read:
+            self._num_read, self._last_progress = self._draft_counters["messages"], time.monotonic()
+            if not self._channel.send(Reset()):  # it has much to read yet
+                return False
+            self._num_sent += 1
             logger.warning("SSD draft answers again; speculation resumes")
             self._state = State.READY
             self._counters.set("draft_alive", 1)
-            self._num_read, self._last_progress = self._draft_counters["messages"], time.monotonic()
-            self.send(Reset())
-            return self._state is State.READY
+            return True
         if time.monotonic() - self._last_progress > KILL_AFTER_STALLS * self._patience_s:
             self._restart("did not answer any more")
         return False
@@ -289,11 +291,11 @@ class DraftSupervisor:
         self._channel.close()
         shutil.rmtree(self._table_dir, ignore_errors=True)
         self._counters.set("draft_alive", 0)
+        self._cache = self._laws = None  # memory of the old tables, which the new ones may need
         if self._num_deaths > self._max_restarts:
             self._give_up(f"{reason}; no restarts left")
             return
         logger.warning("SSD draft %s; starting it again, decoding goes on meanwhile", reason)
-        self._cache = self._laws = None  # memory of the old tables, which the new ones may need
         self._start_again()
 
     def _start_again(self) -> None:

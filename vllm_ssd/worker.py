@@ -97,9 +97,16 @@ class DraftHost:
 
         For `LLM.collective_rpc("ssd_plan", args=(3, 8))`.
         """
-        if self._draft is not None:
-            plan = None if num_drafts is None else FixedPlan(Plan(num_drafts, branch_budget))
-            self._draft.set_plan(plan)
+        if self._draft is None:
+            return
+        ssd = self.vllm_config.speculative_config
+        if num_drafts is None:
+            self._draft.set_plan(None)
+        else:
+            plan = Plan(
+                min(num_drafts, ssd.num_speculative_tokens), min(branch_budget, ssd.ssd_branch_budget)
+            )
+            self._draft.set_plan(FixedPlan(plan))
 
     def ssd_stats(self) -> dict[str, Any]:
         """All counters of both halves; empty on ranks that follow. For `LLM.collective_rpc("ssd_stats")`."""
@@ -236,9 +243,8 @@ def _configure(ssd: SSDSpeculativeConfig, vllm_config: VllmConfig) -> Configure:
 def _fallback(
     ssd: SSDSpeculativeConfig, costs: Costs, history: Callable[[str], list[int]], max_model_len: int
 ) -> Fallback:
-    num_drafts = ssd.num_speculative_tokens
-    ngram = NgramFallback(compat.match_ngram, history, max_model_len, num_drafts)
-    just_in_time = JustInTimeFallback(costs, num_drafts)
+    ngram = NgramFallback(compat.match_ngram, history, max_model_len)
+    just_in_time = JustInTimeFallback(costs)
     if ssd.ssd_fallback in ("ngram", "auto"):
         compat.match_ngram(np.zeros(2, dtype=np.int32), 1, 1, 2, 1)  # Numba compiles it at the first call
     kinds: dict[str, Fallback] = {

@@ -53,10 +53,22 @@ def test_rows_are_prepared_for_all_the_steps_they_go_on() -> None:
 def test_the_targets_restrictions_are_the_drafts() -> None:
     sampler = DraftSampler(VOCAB, torch.device("cpu"), is_coupled=True)
     chosen = sampler.choose(LOGITS.clone(), sampler.prepare(sampling([1.0, 1.0, 1.0], top_k=2)), POSITIONS)
-    assert chosen.logits[0].isfinite().nonzero().flatten().tolist() == sorted(
-        LOGITS[0].topk(2).indices.tolist()
-    )
-    assert chosen.logits[1:].isfinite().all()
+    allowed = LOGITS[0].topk(2).indices
+    perturbed = LOGITS[0] + noise()[0]
+    torch.testing.assert_close(chosen.logits[0, allowed], perturbed[allowed])
+    # The target may allow other tokens: those are candidates too, after all that the draft allows.
+    forbidden = [token for token in perturbed.argsort(descending=True).tolist() if token not in allowed]
+    assert chosen.logits[0].argsort(descending=True).tolist()[2:] == forbidden
+    assert chosen.logits[0, allowed].min() > chosen.logits[0, forbidden].max() + 50
+    torch.testing.assert_close(chosen.logits[1:], LOGITS[1:] + noise()[1:])
+
+
+def test_a_law_holds_nothing_that_is_forbidden() -> None:
+    sampler = DraftSampler(VOCAB, torch.device("cpu"), is_coupled=False)
+    chosen = sampler.choose(LOGITS.clone(), sampler.prepare(sampling([1.0, 1.0, 1.0], top_k=2)), POSITIONS)
+    assert chosen.laws is not None
+    assert np.flatnonzero(chosen.laws[0]).tolist() == sorted(LOGITS[0].topk(2).indices.tolist())
+    assert chosen.drafts[0] in LOGITS[0].topk(2).indices
 
 
 def test_drawn_drafts_come_with_the_law_they_were_drawn_from() -> None:

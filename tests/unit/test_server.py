@@ -301,6 +301,118 @@ def test_a_request_that_found_no_blocks_is_served_later() -> None:
     target.finish()
 
 
+def test_requests_that_fill_the_pool_do_not_lock_each_other_out() -> None:
+    """Each wants one block more, and none has any to give: some must give all of theirs."""
+    setup = Setup(num_blocks=40, block_size=4, budget=4, num_drafts=3, max_slots=4, max_model_len=160)
+    target = Target(setup)
+    rng = random.Random(3)
+    for slot in range(4):
+        target.start(slot, prompt(rng, 30))
+    for _ in range(40):
+        for slot in range(4):
+            target.settle()
+            branches = target.published(slot)
+            target.decide(slot, *(branches[0][:2] if branches else (0, rng.randrange(VOCAB))))
+        if all(len(live.tokens) > 50 for live in target.live.values()):
+            break
+    hits = target.hits
+    for _ in range(10):
+        for slot in range(4):
+            target.settle()
+            branches = target.published(slot)
+            target.decide(slot, *(branches[0][:2] if branches else (0, rng.randrange(VOCAB))))
+    assert target.hits - hits >= 8  # by those that stayed
+    waiting = [slot for slot in range(4) if not target.published(slot)]
+    assert waiting
+    for slot in range(4):
+        if slot not in waiting:
+            target.stop(slot)
+    target.settle()
+    assert all(target.published(slot) for slot in waiting[:1])
+    target.finish()
+
+
+def test_a_request_that_has_outgrown_the_draft_gives_its_blocks_up() -> None:
+    target = Target(Setup(num_blocks=12, block_size=4, budget=2, num_drafts=3, max_slots=2, max_model_len=40))
+    target.start(0, prompt(random.Random(4), 33))
+    target.settle()
+    target.start(1, prompt(random.Random(5), 20))
+    target.settle()
+    assert not target.published(1)
+    for _ in range(5):
+        target.decide(0, 0, 1)
+        target.settle()
+    assert len(target.published(1)) == 2
+    target.finish()
+
+
+def test_as_many_branches_as_there_are_blocks_for() -> None:
+    target = Target(Setup(num_blocks=6, block_size=4, budget=8, num_drafts=3, max_slots=1))
+    target.start(0, [1, 2, 3, 4, 5])
+    target.settle()
+    branches = target.published(0)
+    assert len(branches) == 2  # two blocks each, and two for the prompt
+    assert all(len(drafts) == 3 for _, _, drafts in branches)
+    assert target.counters["starved"] == 1
+    target.finish()
+
+
+def test_blocks_that_come_free_are_for_those_who_lack_them_to_go_on() -> None:
+    """And not for more branches of the request that gave them back."""
+    target = Target(Setup(num_blocks=24, block_size=4, budget=8, num_drafts=3, max_slots=2))
+    target.start(0, [1, 2, 3, 4, 5])
+    target.settle()
+    target.start(1, prompt(random.Random(7), 31))
+    target.settle()
+    assert not target.published(1)
+    target.decide(0, *target.published(0)[0][:2])
+    target.settle()
+    assert target.published(1)
+    target.finish()
+
+
+def test_what_lacks_a_token_need_not_wait_for_a_long_prompt() -> None:
+    target = Target(Setup(prefill_chunk=4))
+    rng = random.Random(6)
+    target.start(0, prompt(rng, 100))  # the first to come
+    target.start(1, [1, 2])
+    target.step()
+    assert target.server._requests[1].num_uncomputed == 0
+    assert target.server._requests[0].num_uncomputed == 98
+    target.finish()
+
+
+def test_more_requests_than_rows_take_turns() -> None:
+    setup = Setup(num_drafts=3, budget=1, max_rows=2, max_slots=6, prefill_chunk=64)
+    target = Target(setup)
+    rng = random.Random(8)
+    for slot in range(6):
+        target.start(slot, prompt(rng, 4))
+    served = set()
+    for _ in range(6):  # rounds of as many steps as give two requests their tokens
+        for _ in range(3):
+            target.step()
+        served |= {slot for slot in range(6) if any(drafts for _, _, drafts in target.published(slot))}
+        for slot in range(6):
+            target.decide(slot, 0, rng.randrange(VOCAB))
+    assert served == set(range(6))
+    target.finish()
+
+
+def test_at_one_branch_the_likeliest_outcome_has_it() -> None:
+    """Also after a hit, when the tip is not known yet: it is not bound to have the branch."""
+    target = Target(Setup(num_drafts=3, budget=8, fanout="global", vocab=64))
+    target.start(0, prompt(random.Random(9), 10))
+    for _ in range(1 + 3):  # the prompt, then three drafts: no tips
+        target.step()
+    target.budget = 1  # more requests have come, say
+    target.decide(0, *target.published(0)[0][:2])
+    target.settle()
+    ((k, _, _),) = target.published(0)
+    assert k == 0  # a quarter; all three drafts and then a token of half: a sixteenth
+    target.finish()
+
+
 SETUPS = st.builds(
     Setup,
     num_drafts=st.sampled_from([1, 2, 3, 5]),

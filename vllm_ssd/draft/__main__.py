@@ -25,7 +25,8 @@ CLEANING_UP_S = 1.0
 
 def main() -> None:
     """Run the draft process."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the target then stops us
+    # What is sent to a whole group of processes is for the target, which then stops us.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     configure = msgspec.json.decode(sys.stdin.buffer.readline(), type=Configure)
     os.sched_setaffinity(0, configure.cores)

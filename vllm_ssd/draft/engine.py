@@ -36,6 +36,8 @@ from vllm_ssd.draft.sampling import DraftSampler, SampledRows
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
 
+PLACES_AT_ONCE = 64  # whose logits are copied, of perhaps 150,000 tokens each
+
 logger = init_logger("vllm.ssd")
 
 
@@ -183,9 +185,14 @@ class DraftEngine:
     @torch.inference_mode()
     def likeliest(self, places: list[Place], num_candidates: int) -> Candidates:
         """The `num_candidates` likeliest tokens at each place, which may be of different steps."""
-        logits = torch.stack([cast(StepPredictions, step).logits[row] for step, row in places])
-        top = torch.topk(logits.log_softmax(dim=-1), num_candidates, dim=-1)
-        return Candidates(top.indices.cpu().numpy(), top.values.cpu().numpy())
+        tokens, log_probs = [], []
+        for begin in range(0, len(places), PLACES_AT_ONCE):
+            some = places[begin : begin + PLACES_AT_ONCE]
+            logits = torch.stack([cast(StepPredictions, step).logits[row] for step, row in some])
+            top = torch.topk(logits, num_candidates, dim=-1)
+            tokens.append(top.indices.cpu().numpy())
+            log_probs.append((top.values - logits.logsumexp(dim=-1, keepdim=True)).cpu().numpy())
+        return Candidates(np.concatenate(tokens), np.concatenate(log_probs))
 
     @torch.inference_mode()
     def copy_blocks(self, sources: Int64Array, targets: Int64Array) -> None:

@@ -38,8 +38,9 @@ class OutcomeStatistics:
             rank: of the recovery or bonus token among the candidates at k, from 0; None if those were not
                 known yet.
         """
-        self._accepted = FADING * self._accepted + num_accepted
-        self._tested = FADING * self._tested + min(num_accepted + 1, num_sent)
+        if 0 < num_sent >= num_accepted:  # else nothing was tested, or drafts of before a restart
+            self._accepted = FADING * self._accepted + num_accepted
+            self._tested = FADING * self._tested + min(num_accepted + 1, num_sent)
         if rank is not None:
             self._ranks *= FADING
             self._ranks[min(rank, len(self._ranks) - 1)] += 1
@@ -47,7 +48,7 @@ class OutcomeStatistics:
     @property
     def acceptance(self) -> float:
         """a, inside (0, 1)."""
-        return min(max(self._accepted / max(self._tested, 1e-9), 0.01), 0.99)
+        return min(max(self._accepted / self._tested, 0.01), 0.99)
 
     @property
     def exponent(self) -> float:

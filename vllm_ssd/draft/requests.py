@@ -7,6 +7,7 @@ it has in common with the outcome; what then has no KV yet is computed as part o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -76,6 +77,7 @@ class DraftRequest:
         self.sampling = sampling
         self.is_drawn = is_drawn
         self.round = 0
+        self.last_served = 0  # the step in which its branches last had rows
         self.verifies_branch = False  # where the drafts came from that the target is verifying
         self.awaited: Awaited | None = None
         self.tokens = tokens
@@ -91,7 +93,7 @@ class DraftRequest:
         self._max_model_len = max_model_len
         self._max_blocks = -(-max_model_len // pool.block_size)
         # The last token is always computed, since its logits are wanted.
-        self.blocks = pool.reuse(tokens[:-1])
+        self.blocks = pool.reuse(tokens[:-1]) if self.fits else []
         self.num_computed = len(self.blocks) * pool.block_size
         self._remembered = False
 
@@ -107,19 +109,35 @@ class DraftRequest:
 
     @property
     def fits(self) -> bool:
-        """Whether the draft's positions reach to the end of the trunk."""
-        return len(self.tokens) <= self._max_model_len
+        """Whether the draft's positions reach to the end of any branch; once they do not, they never will."""
+        return self._reaches(0)
 
     def reserve(self) -> bool:
         """Make sure that the trunk's tokens have blocks; False if the pool is exhausted."""
-        missing = -(-len(self.tokens) // self._pool.block_size) - len(self.blocks)
-        if missing <= 0:
-            return True
-        blocks = self._pool.allocate(missing)
+        if not self.blocks:  # it may have given its own up, see `evict`
+            self.blocks = self._pool.reuse(self.tokens[: self.num_confirmed - 1])
+            self.num_computed = len(self.blocks) * self._pool.block_size
+        blocks = self._pool.allocate(self.num_missing_blocks)
         if blocks is None:
             return False
         self.blocks += blocks
         return True
+
+    @property
+    def num_missing_blocks(self) -> int:
+        """Blocks that the trunk's tokens lack."""
+        return max(0, -(-len(self.tokens) // self._pool.block_size) - len(self.blocks))
+
+    @property
+    def num_private_blocks(self) -> int:
+        """Blocks of branches, which the next outcome sets free."""
+        return sum(len(blocks) for group in self.groups for blocks in group.private_blocks)
+
+    def evict(self) -> None:
+        """Give up all blocks for now: others need them."""
+        self.release()
+        self.unread, self.candidates = {}, {}
+        self._forked.clear()
 
     def block_table(self) -> npt.NDArray[np.int32]:
         """[max_blocks]"""
@@ -144,6 +162,8 @@ class DraftRequest:
         self.num_entries = 0
         self._forked.clear()
         self.awaited = None
+        if not self.fits:
+            self.evict()
         return adopted
 
     def await_drafts(self, tokens: list[int], num_drafts: int) -> bool:
@@ -203,15 +223,27 @@ class DraftRequest:
         reached = np.float32(0.0)
         for k in sorted(self.candidates):
             others = self._without_sent(k)
-            if self.is_drawn:
-                ends_here = np.float32(np.log1p(-acceptance)) if k < self.num_sent else np.float32(0.0)
-                following = np.float32(np.log(acceptance))
-            else:
-                ends_here, following = np.float32(0.0), self._log_prob_of_sent(k)
+            ends_here = np.log1p(-acceptance) if self.is_drawn and k < self.num_sent else 0.0
             if k not in self._forked:
-                outcomes[k] = Candidates(others.tokens, others.log_probs + (reached + ends_here))
-            reached += following
+                outcomes[k] = Candidates(others.tokens, others.log_probs + (reached + np.float32(ends_here)))
+            reached += self._log_prob_accepted(k, acceptance)
         return outcomes
+
+    def outcomes_not_known_yet(self, acceptance: float) -> Float32Array:
+        """[num_candidates] log-probabilities, falling, of outcomes at greater lengths than known; or none.
+
+        There are some after a hit on a branch whose tip has not been computed. They are guessed to be as
+        sharp as what follows the last length that is known.
+        """
+        last = max(self.candidates)
+        if last >= self.num_sent:
+            return np.empty(0, dtype=np.float32)
+        reached = sum(self._log_prob_accepted(k, acceptance) for k in self.candidates)
+        return self.candidates[last].log_probs + np.float32(reached)
+
+    def _log_prob_accepted(self, k: int, acceptance: float) -> np.float32:
+        """Of the k-th sent draft, if those before it are."""
+        return np.float32(np.log(acceptance)) if self.is_drawn else self._log_prob_of_sent(k)
 
     def _without_sent(self, k: int) -> Candidates:
         candidates = self.candidates[k]
@@ -227,26 +259,56 @@ class DraftRequest:
         """The draft at the k-th place, if there is one."""
         return self.tokens[self.num_confirmed + k] if k < self.num_sent else NO_TOKEN
 
-    def fork(self, branches: dict[int, list[int]], copies: BlockCopies) -> BranchGroup | None:
-        """Fork branches.
+    def fork(
+        self, branches: dict[int, list[int]], most_blocks: int, copies: BlockCopies
+    ) -> BranchGroup | None:
+        """Fork as many branches as there are blocks for.
 
         Args:
-            branches: for each accepted length in `outcomes`, the tokens to go on with.
+            branches: for each accepted length in `outcomes`, the tokens to go on with, likeliest first.
+            most_blocks: that they may take, at most what the pool has.
             copies: gets the partial blocks to copy.
 
         Returns:
-            The new branches, or None where there are none to make, or no blocks for them.
+            The new branches, or None where there are none.
         """
-        ks = [k for k, chosen in branches.items() for _ in chosen]
-        tokens = [token for chosen in branches.values() for token in chosen]
         self._forked |= branches.keys()
-        if not ks or len(self.tokens) + self._num_drafts + 1 > self._max_model_len:
+        chosen = self._affordable(branches, most_blocks)
+        if not chosen:
             return None
+        ks, tokens = zip(*chosen, strict=True)
         group = self._fork(np.array(ks, dtype=np.int64), tokens, copies)
-        if group is not None:
-            self.groups.append(group)
-            self.num_entries += len(group)
+        self.groups.append(group)
+        self.num_entries += len(group)
         return group
+
+    def _affordable(self, branches: dict[int, list[int]], room: int) -> list[tuple[int, int]]:
+        """(k, token) of those that there are positions and blocks for, of each length the likeliest first."""
+        chosen = []
+        by_rank = sorted(
+            (rank, k, token)
+            for k, tokens in branches.items()
+            if self._reaches(k)
+            for rank, token in enumerate(tokens)
+        )
+        for _, k, token in by_rank:
+            room -= self._num_blocks_of_branch(k)
+            if room >= 0:
+                chosen.append((k, token))
+        return sorted(chosen, key=lambda pair: pair[0])
+
+    def num_blocks_for(self, branches: dict[int, list[int]]) -> int:
+        """Blocks that `fork` would take if there are enough."""
+        return sum(
+            len(tokens) * self._num_blocks_of_branch(k) for k, tokens in branches.items() if self._reaches(k)
+        )
+
+    def _num_blocks_of_branch(self, k: int) -> int:
+        return private_block_count(self.num_confirmed + k, self._num_drafts + 1, self._pool.block_size)
+
+    def _reaches(self, k: int) -> bool:
+        """Whether the draft's positions reach to the end of a branch of this accepted length."""
+        return self.num_confirmed + k + self._num_drafts + 1 <= self._max_model_len
 
     def release(self) -> None:
         """Give up all blocks; full blocks of confirmed tokens stay known for prefix reuse."""
@@ -256,14 +318,13 @@ class DraftRequest:
         self.blocks = []
         self.num_computed = 0
 
-    def _fork(self, ks: Int64Array, tokens: list[int], copies: BlockCopies) -> BranchGroup | None:
+    def _fork(self, ks: Int64Array, tokens: Sequence[int], copies: BlockCopies) -> BranchGroup:
         block_size, num_drafts = self._pool.block_size, self._num_drafts
         roots = self.num_confirmed + ks
         tables = np.tile(self.block_table(), (len(ks), 1))
-        counts = [private_block_count(root, num_drafts + 1, block_size) for root in roots.tolist()]
+        counts = [self._num_blocks_of_branch(k) for k in ks.tolist()]
         blocks = self._pool.allocate(sum(counts))
-        if blocks is None:
-            return None
+        assert blocks is not None  # `_affordable` has counted them
         private_blocks: list[list[int]] = []
         num_shared: list[int] = []
         for row, (root, count) in enumerate(zip(roots.tolist(), counts, strict=True)):
@@ -314,10 +375,12 @@ class DraftRequest:
 
     def _rewind(self, outcome: RoundOutcome) -> None:
         self._release_branches()
+        # What has KV agrees up to the last confirmed token, whose logits are wanted anyway; but where the
+        # drafts that were verified are others, only what was confirmed before does.
+        agreed = len(outcome.tokens) if self._continues(outcome.tokens) else 0
+        self.num_computed = min(self.num_computed, self.num_confirmed + max(0, agreed - 1))
         self.tokens[self.num_confirmed :] = outcome.tokens + outcome.drafts
         self.num_confirmed += len(outcome.tokens)
-        # What has KV so far agrees up to the last confirmed token, whose logits are wanted anyway.
-        self.num_computed = min(self.num_computed, self.num_confirmed - 1)
         self.unread, self.candidates = {}, {}
 
     def _release_branches(self) -> None:

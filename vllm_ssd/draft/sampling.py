@@ -14,6 +14,8 @@ from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm_ssd.draft.rows import Float32Array, RowSampling
 from vllm_ssd.noise import RecentNoise
 
+FORBIDDEN = 100.0  # nats, more than noise can make up for
+
 
 @dataclass(frozen=True)
 class SampledRows:
@@ -84,11 +86,16 @@ class DraftSampler:
         """
         if rows is None:
             return Chosen(logits, logits.argmax(dim=-1))
-        logits = apply_top_k_top_p(logits / rows.temperatures, rows.top_k, rows.top_p)
+        logits = logits / rows.temperatures
+        restricted = logits
+        if rows.top_k is not None or rows.top_p is not None:
+            restricted = apply_top_k_top_p(logits.clone(), rows.top_k, rows.top_p)
+            # The target may allow what the draft does not: those are candidates too, after all others.
+            logits = torch.where(restricted.isneginf(), logits - FORBIDDEN, restricted)
         if self._is_coupled:
             logits = self._perturbed(logits, rows, positions)
             return Chosen(logits, logits.argmax(dim=-1))
-        laws = logits.softmax(dim=-1)
+        laws = restricted.softmax(dim=-1)
         if self._saguaro_c < 1:
             reshaped = saguaro(laws, self._saguaro_tokens, self._saguaro_c)
             laws = reshaped if rows.is_greedy is None else torch.where(rows.is_greedy, laws, reshaped)

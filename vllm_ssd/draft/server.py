@@ -32,7 +32,7 @@ from vllm_ssd.costs import RunningMean
 from vllm_ssd.counters import Counters
 from vllm_ssd.draft.batch import TrunkRow, build_rows
 from vllm_ssd.draft.blocks import BlockPool
-from vllm_ssd.draft.branches import BranchGroup
+from vllm_ssd.draft.branches import BranchGroup, private_block_count
 from vllm_ssd.draft.measured import Measured, OutcomeStatistics
 from vllm_ssd.draft.requests import BlockCopies, DraftRequest
 from vllm_ssd.draft.rows import Candidates, Place, Predictions, Rows
@@ -98,7 +98,12 @@ class DraftServer:
         self._depth = self._num_drafts  # steps of branches, as the target wants at present
         self._budget = configure.branch_budget
         self._num_candidates = min(configure.branch_budget + 1, engine.vocab_size)
-        self._starved: set[int] = set()  # slots that wait for KV blocks
+        # Of any root: the last slot of a block, and what follows.
+        self._blocks_of_branch = private_block_count(
+            engine.block_size - 1, self._num_drafts + 1, engine.block_size
+        )
+        self._starved: set[int] = set()  # slots that wait for the KV blocks of others' branches
+        self._evicted: set[int] = set()  # slots that wait for a request to end, having given up their blocks
         self._measured = Measured(configure.branch_budget)
         self._recent_step_ns = RunningMean(1e6)
         self._advancing: list[BranchGroup] = []  # what the last step was made of, if of nothing else
@@ -144,6 +149,7 @@ class DraftServer:
     def step(self) -> bool:
         """Fork what can be forked, run one forward, publish its tokens; False if there was nothing to do."""
         began = time.perf_counter_ns()
+        self._reserve()
         self._fork()
         requests = [request for request in self._requests.values() if request.is_urgent]
         trunk_rows, groups = self._trunk_rows(requests), self._groups(requests, below=self._num_drafts)
@@ -183,6 +189,7 @@ class DraftServer:
         self._cache.close_branches(slot)
         self._requests.pop(slot).release()
         self._starved.clear()
+        self._evicted.clear()
 
     def _await_drafts(self, missed: MissedRow) -> None:
         request = self._asked_about(missed)
@@ -202,7 +209,10 @@ class DraftServer:
         if request.awaited is None:  # else it was counted then
             k, token = len(outcome.tokens) - 1, outcome.tokens[-1]
             self._statistics(request).add(k, request.num_sent, request.rank(k, token))
+        had_blocks = bool(request.blocks)
         adopted = request.settle(outcome)
+        if had_blocks and not request.blocks:  # it has outgrown the draft
+            self._evicted.clear()
         if adopted is not None:
             self._counters.add("adopted")
             if adopted.laws and self._laws is not None:
@@ -244,6 +254,7 @@ class DraftServer:
         self._read_candidates()
         copies = BlockCopies()
         budget = self._branch_budget()
+        share = 0
         for request in self._requests.values():
             if request.awaited is not None and request.can_fork_awaited:
                 branches = {request.awaited.k: [request.awaited.token]}
@@ -251,7 +262,11 @@ class DraftServer:
                 branches = self._choose_branches(request, budget)
             else:
                 continue
-            group = request.fork(branches, copies)
+            share = share or self._share_of_blocks()
+            most_blocks = min(self._pool.num_available, share - request.num_private_blocks)
+            if request.num_blocks_for(branches) > most_blocks:
+                self._note_shortage(request)
+            group = request.fork(branches, most_blocks, copies)
             if group is None:
                 continue
             self._counters.add("branches", len(group))
@@ -260,6 +275,12 @@ class DraftServer:
             )
         if copies.sources:
             self._engine.copy_blocks(np.array(copies.sources), np.array(copies.targets))
+
+    def _share_of_blocks(self) -> int:
+        """Blocks that the branches of each request may hold, of what trunks leave: enough for one at least."""
+        sharing = [request for request in self._requests.values() if not self._waits(request)]
+        left = self._pool.num_available + sum(request.num_private_blocks for request in sharing)
+        return max(left // max(1, len(sharing)), self._blocks_of_branch)
 
     def _branch_budget(self) -> int:
         """Branches per request, such that all requests' branches fit in one step's rows."""
@@ -289,50 +310,62 @@ class DraftServer:
         """Branches for each accepted length in `outcomes`."""
         fan_out = uniform_fanout(request.num_sent, budget)
         if self._configure.fanout == "global":
-            # What is not known yet (the tip after an early outcome) keeps its even share of the budget.
-            later = sum(fan_out[max(outcomes) + 1 :])
             log_probs = [candidates.log_probs for candidates in outcomes.values()]
-            counts = global_fanout(log_probs, max(0, budget - request.num_entries - later))
-            return dict(zip(outcomes, counts, strict=True))
+            log_probs.append(request.outcomes_not_known_yet(statistics.acceptance))  # they keep their share
+            counts = global_fanout(log_probs, max(0, budget - request.num_entries))
+            return dict(zip(outcomes, counts[:-1], strict=True))
         if self._configure.fanout == "geometric":
             fan_out = geometric_fanout(statistics.acceptance, statistics.exponent, request.num_sent, budget)
         elif not isinstance(self._configure.fanout, str):
             fan_out = scale_fanout(listed_fanout(self._configure.fanout, request.num_sent), budget)
         return {k: fan_out[k] for k in outcomes}
 
-    def _trunk_rows(self, requests: list[DraftRequest]) -> list[TrunkRow]:
-        rows: list[TrunkRow] = []
-        room = self._configure.prefill_chunk
-        for request in requests:
-            if not request.num_uncomputed or not request.fits or request.slot in self._starved or not room:
+    def _reserve(self) -> None:
+        """Blocks for what all trunks lack, before branches take any."""
+        for request in self._requests.values():
+            if self._waits(request) or not request.num_uncomputed or request.reserve():
                 continue
-            if not request.reserve():
-                self._note_starved(request)
-                continue
-            num_tokens = min(request.num_uncomputed, room)
-            room -= num_tokens
-            rows.append(TrunkRow(request, num_tokens))
-        return rows
+            self._note_shortage(request)
+            branches = sum(other.num_private_blocks for other in self._requests.values())
+            if self._pool.num_available + branches >= request.num_missing_blocks:
+                self._starved.add(request.slot)
+            else:  # trunks alone fill the pool; if all kept theirs, none might ever get the next one
+                request.evict()
+                self._evicted.add(request.slot)
 
-    def _note_starved(self, request: DraftRequest) -> None:
+    def _waits(self, request: DraftRequest) -> bool:
+        """Whether it has no use for blocks, or there are none for it at present."""
+        return not request.fits or request.slot in self._starved or request.slot in self._evicted
+
+    def _note_shortage(self, request: DraftRequest) -> None:
         if not self._counters["starved"]:
             logger.warning(
-                "no KV blocks left for a request of %d tokens, which goes on without drafts: raise "
-                "ssd_draft_memory (said once)",
+                "no KV blocks left for a request of %d tokens, which goes on with fewer drafts or none: "
+                "raise ssd_draft_memory (said once)",
                 len(request.tokens),
             )
-        self._starved.add(request.slot)
         self._counters.add("starved")
 
-    def _groups(self, requests: list[DraftRequest], below: int) -> list[tuple[DraftRequest, BranchGroup]]:
-        """Groups with fewer than `below` steps behind them, the least advanced first, as many as rows allow.
+    def _trunk_rows(self, requests: list[DraftRequest]) -> list[TrunkRow]:
+        """The shortest stretches first: a long prompt is not to hold up what others lack for a round."""
+        rows: list[TrunkRow] = []
+        room = self._configure.prefill_chunk
+        for request in sorted(requests, key=lambda request: request.num_uncomputed):
+            num_tokens = min(request.num_uncomputed, room)
+            if num_tokens and not self._waits(request):
+                room -= num_tokens
+                rows.append(TrunkRow(request, num_tokens))
+        return rows
 
-        More than allowed exist only while requests arrive: those there before had more of the rows each.
+    def _groups(self, requests: list[DraftRequest], below: int) -> list[tuple[DraftRequest, BranchGroup]]:
+        """Groups with fewer than `below` steps behind them, as many as rows allow.
+
+        The least advanced come first, and among them those that have waited longest.
         """
         waiting = [
             (request, group) for request in requests for group in request.groups if group.steps < below
         ]
-        waiting.sort(key=lambda pair: pair[1].steps)
+        waiting.sort(key=lambda pair: (pair[1].steps, pair[0].last_served))
         room = self._configure.max_rows
         chosen = []
         for request, group in waiting:
@@ -355,6 +388,7 @@ class DraftServer:
             row.request.computed(row.num_tokens)
             self._counters.add("prefill_tokens", row.num_tokens)
         for request, group in groups:
+            request.last_served = self._counters["steps"]
             tokens = group.advance(predictions, taken)
             taken += len(group)
             if group.steps <= self._num_drafts:
