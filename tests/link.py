@@ -34,6 +34,9 @@ class Link:
         self.ready |= newly
         return newly
 
+    def give_up(self, reason: str) -> None:
+        self.ready = False
+
     def send(self, message: ToDraft) -> None:
         self.sent.append(message)
 

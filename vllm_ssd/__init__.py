@@ -14,11 +14,14 @@ def register() -> None:
     """
     from vllm_ssd import compat
 
-    if compat.is_supported_version():
-        compat.add_method_ssd()
+    if not compat.is_supported_version():
+        compat.refuse_method_ssd()
+        return
+    try:
         compat.allow_async_scheduling()
         compat.mend_cpu_sampling()
         compat.mend_min_tokens_of_bonus()
         compat.add_metrics()
-    else:
-        compat.refuse_method_ssd()
+        compat.add_method_ssd()
+    except (AttributeError, ImportError) as error:  # vLLM lets it end every engine, also those without SSD
+        compat.refuse_method_ssd(f", which lacks something: {error}")

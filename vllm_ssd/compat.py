@@ -1,12 +1,13 @@
 """Every change made to vLLM and every internal that moves between its versions, one function each.
 
 Each function says why it exists, where upstream stands, and when it can go. A patch looks up what it
-replaces by name first, so that a rename upstream fails loudly here and nowhere else.
+replaces by name first, so that a rename upstream is told to who asks for method "ssd", and to nobody else.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,6 +42,8 @@ def add_method_ssd() -> None:
 
     def create_speculative_config(self: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
         if not _asks_for_ssd(self):
+            if ours := sys.modules.get("vllm_ssd.config"):  # of an earlier engine of this process
+                ours.restore_binding()
             return stock(self, target_model_config, target_parallel_config)
         from vllm_ssd.config import create_ssd_config
 
@@ -64,8 +67,12 @@ def allow_async_scheduling() -> None:
         module.NgramGPUTypes = Literal[(*get_args(stock), "ssd")]
 
 
-def refuse_method_ssd() -> None:
-    """On an unsupported vLLM: one clear error for method "ssd", no change for anybody else."""
+def refuse_method_ssd(reason: str = "") -> None:
+    """On an unsupported vLLM: one clear error for method "ssd", no change for anybody else.
+
+    Args:
+        reason: why it is, where its version does not tell.
+    """
     import vllm
     from vllm.engine.arg_utils import EngineArgs
 
@@ -76,7 +83,7 @@ def refuse_method_ssd() -> None:
     def create_speculative_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _asks_for_ssd(self):
             versions = " and ".join(f"{version}x" for version in SUPPORTED_VERSIONS)
-            raise ValueError(f"method 'ssd' needs vLLM {versions}; this is vLLM {vllm.__version__}")
+            raise ValueError(f"method 'ssd' needs vLLM {versions}; this is vLLM {vllm.__version__}{reason}")
         return stock(self, *args, **kwargs)
 
     setattr(create_speculative_config, _MARK, True)

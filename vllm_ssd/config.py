@@ -12,10 +12,11 @@ from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
+from vllm import envs
 from vllm.config.speculative import SpeculativeConfig
 from vllm.config.utils import config
 from vllm.logger import init_logger
-from vllm.platforms import current_platform
+from vllm.platforms import CpuArchEnum, current_platform
 from vllm.utils.cpu_resource_utils import get_allowed_cpu_list
 
 from vllm_ssd.shared import NAME_BYTES, name_shared_folder, remove_at_exit
@@ -237,6 +238,15 @@ def _refuse_foreign_options(ssd: SSDSpeculativeConfig) -> None:
 def _check_platform(ssd: SSDSpeculativeConfig) -> None:
     if not current_platform.is_cpu() and not current_platform.is_cuda():
         raise ValueError("this version of method 'ssd' runs on CUDA and on the CPU only")
+    model = ssd.target_model_config
+    if model.enable_sleep_mode:
+        raise ValueError(
+            "the draft does not know sleep mode and would keep its memory; remove enable_sleep_mode"
+        )
+    if ssd.ssd_verify == "coupled" and model.use_fp64_gumbel:
+        raise ValueError(
+            "the draft's noise is of 32 bits: remove use_fp64_gumbel, or choose ssd_verify='ratio'"
+        )
     if ssd.ssd_verify == "ratio" and platform.machine() not in _ORDERED_STORES:
         raise ValueError(
             f"ssd_verify='ratio' needs an x86-64 CPU, and this is {platform.machine()}; choose 'coupled'"
@@ -311,6 +321,11 @@ def _choose_draft_device(ssd: SSDSpeculativeConfig) -> str:
             raise ValueError(f"ssd_draft_device={chosen!r}: there is no GPU here; remove it")
         return "cpu"
     num_devices = current_platform.device_count()
+    targets = ssd.target_parallel_config.assigned_physical_gpu_ids
+    if chosen is None and targets is not None:
+        raise ValueError(
+            f"the target is given GPUs {targets} (device_ids); name the draft's as well: ssd_draft_device"
+        )
     if chosen is None and ssd.target_parallel_config.distributed_executor_backend == "ray":
         raise ValueError(
             "with Ray the target's worker sees its own GPUs only; name the draft's: ssd_draft_device"
@@ -378,17 +393,38 @@ def _warn_of_shared_cores(draft_cores: list[int]) -> None:
 
 
 def _shares_of_ranks(draft_cores: list[int], num_ranks: int) -> list[list[int]]:
-    """The logical cores of each rank: neighbours, and where there are enough, whole physical cores that have
-    nothing of the draft's."""
+    """The logical cores of each rank: those of vLLM's own "auto", less the draft's physical cores.
+
+    So each rank has a NUMA node where there are enough, one thread of each physical core on x86, and leaves a
+    core to the engine's other processes.
+    """
     cpus = sorted(get_allowed_cpu_list(), key=lambda cpu: (cpu.numa_node, cpu.physical_core, cpu.id))
     physical = [
-        [cpu.id for cpu in group]
-        for _, group in groupby(cpus, key=lambda cpu: (cpu.numa_node, cpu.physical_core))
+        (node, [cpu.id for cpu in group])
+        for (node, _), group in groupby(cpus, key=lambda cpu: (cpu.numa_node, cpu.physical_core))
     ]
-    free = [group for group in physical if not set(group) & set(draft_cores)]
+    free = [(node, cores) for node, cores in physical if not set(cores) & set(draft_cores)]
     if len(free) < num_ranks:
-        free = [[cpu.id] for cpu in cpus if cpu.id not in draft_cores]
+        free = [(cpu.numa_node, [cpu.id]) for cpu in cpus if cpu.id not in draft_cores]
+    nodes = sorted({node for node, _ in free})
+    if len(nodes) >= num_ranks:
+        shares = [[cores for of, cores in free if of == node] for node in nodes[:num_ranks]]
+    else:
+        shares = [[free[i][1] for i in share] for share in np.array_split(np.arange(len(free)), num_ranks)]
+    is_x86 = current_platform.get_cpu_architecture() == CpuArchEnum.X86
     return [
-        [core for index in share for core in free[index]]
-        for share in np.array_split(np.arange(len(free)), num_ranks)
+        [core for cores in _less_reserved(share) for core in (cores[-1:] if is_x86 else cores)]
+        for share in shares
     ]
+
+
+def _less_reserved(share: list[list[int]]) -> list[list[int]]:
+    reserved = envs.VLLM_CPU_NUM_OF_RESERVED_CPU
+    reserved = 1 if reserved is None else reserved
+    return share[: len(share) - reserved] or share
+
+
+def restore_binding() -> None:
+    """Before an engine without SSD: let vLLM choose its cores again, if an engine of ours has."""
+    if _bound is not None and os.environ.get(_BINDING) == _bound:
+        del os.environ[_BINDING]

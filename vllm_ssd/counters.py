@@ -29,11 +29,11 @@ def target_fields(num_speculative_tokens: int) -> tuple[str, ...]:
     """Counters of the target's half; those per k run over accepted lengths 0..K."""
     accepted_lengths = range(num_speculative_tokens + 1)
     return (
-        "rounds",  # steps in which some row had an outcome
+        "rounds",  # steps of the target, those that only prefill too
         "lookups",  # rows looked up in the outcome cache
         "hits",  # ... that were foreseen and had drafts
         "late",  # ... that were foreseen but had no draft token yet
-        "undrafted",  # rows with an outcome while there was no draft to ask
+        "undrafted",  # rows with an outcome that wanted drafts while there was no draft process to ask
         "drafts_served",  # draft tokens from the outcome cache
         "fallback_none",
         "fallback_ngram",

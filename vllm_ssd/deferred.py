@@ -215,9 +215,10 @@ class DeferredRounds:
                     self._take_in(round_)
             except Exception:
                 # Without bookkeeping nothing can be foreseen any more, but every request is still answered.
-                self._failed, self._proposed = True, ([], [])
-                self._counters.set("draft_alive", 0)
                 logger.exception("SSD has failed; decoding goes on without it")
+                self._failed, self._proposed = True, ([], [])
+                with self.lock:
+                    self._link.give_up("works for nobody any more")
             finally:
                 self._todo.task_done()
 

@@ -1,7 +1,8 @@
 """What a row gets whose outcome was not foreseen: nothing, n-gram drafts, or just-in-time ones of the draft.
 
-Nothing and n-grams cost no time. Just-in-time drafts cost the whole batch the draft's steps, and are worth it
-where few rows wait for many; `vllm_ssd.costs` has what that depends on, as measured.
+Nothing costs no time, and n-grams hardly any, but for very long requests. Just-in-time drafts cost the whole
+batch the draft's steps, and are worth it where few rows wait for many; `vllm_ssd.costs` has what that depends
+on, as measured.
 """
 
 from __future__ import annotations

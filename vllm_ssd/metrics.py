@@ -26,7 +26,7 @@ logger = init_logger("vllm.ssd")
 
 # Prometheus counter -> (documentation, counter, factor)
 METRICS: dict[str, tuple[str, str, float]] = {
-    "vllm:ssd_rounds": ("Steps of the target that SSD had a part in.", "rounds", 1),
+    "vllm:ssd_rounds": ("Steps of the target, those that only prefill too.", "rounds", 1),
     "vllm:ssd_cache_lookups": ("Verification outcomes looked up in the outcome cache.", "lookups", 1),
     "vllm:ssd_cache_hits": ("Lookups that found drafts.", "hits", 1),
     "vllm:ssd_cache_late": ("Lookups whose outcome was foreseen but had no drafts yet.", "late", 1),

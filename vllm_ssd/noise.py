@@ -23,6 +23,7 @@ _LEAST_REMEMBERED = 16  # stretches, whatever the vocabulary
 _DRAFT_STREAM = 0x2545F4914F6CDD1D
 _ACCEPT_STREAM = 0x5851F42D4C957F2D
 _ROUND_STRIDE = 0x1E3779B97F4A7C15
+_EPOCH_STRIDE = 0x3C6EF372FE94F82B
 
 
 def gumbel(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
@@ -43,12 +44,13 @@ def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
     return _uniform(seeds, positions, 1)[:, 0]
 
 
-def draft_seed(seed: int, round_: int) -> int:
+def draft_seed(seed: int, epoch: int, round_: int) -> int:
     """The seed of drafts made in a round, for verifiers that need them independent of all the target draws.
 
-    A position may be drafted again in a later round, and whether it is may depend on what was drafted before.
+    A position may be drafted again in a later round, and whether it is may depend on what was drafted before;
+    so may whether the request begins anew, with another epoch.
     """
-    return wrapped_to_int64((seed ^ _DRAFT_STREAM) + round_ * _ROUND_STRIDE)
+    return wrapped_to_int64((seed ^ _DRAFT_STREAM) + epoch * _EPOCH_STRIDE + round_ * _ROUND_STRIDE)
 
 
 def accept_seeds(seeds: Tensor) -> Tensor:

@@ -40,6 +40,10 @@ class DraftLink(DraftAccess, Protocol):
         """Notice what happened to the draft; True when it has become ready and knows no request yet."""
         ...
 
+    def give_up(self, reason: str) -> None:
+        """End the draft for good; decoding goes on without it."""
+        ...
+
 
 @dataclass
 class LiveRequest:
@@ -58,7 +62,7 @@ class LookedUp:
     """What a look-up on the device found."""
 
     plan: Plan
-    drafts: Sequence[list[int] | None] | None  # [B], None where a row missed; None without a draft
+    drafts: Sequence[list[int] | None] | None  # [B], None where a row missed; None if no draft was asked
 
 
 @dataclass(frozen=True)
@@ -259,7 +263,8 @@ class Proposer:
             found: see `LookedUp.drafts`, of these rows.
         """
         if found is None:
-            self._counters.add("undrafted", len(rows))
+            if plan.num_drafts:
+                self._counters.add("undrafted", len(rows))
             found = [None] * len(rows)
         else:
             self._count(rows, found)
@@ -288,9 +293,9 @@ class Proposer:
         self.planner.add_round(len(rows), num_verified, seconds)
 
     def _look_up(self, outcomes: list[Outcome], num_drafts: int) -> list[list[int] | None] | None:
-        """At most so many drafts of each outcome, None where it was not foreseen; None without a draft."""
+        """At most so many drafts of each outcome, None where it was not foreseen; None if none are asked."""
         cache = self._link.cache
-        if cache is None:
+        if cache is None or not num_drafts:
             return None
         return [drafts and drafts[:num_drafts] for drafts in self._await_depth(cache, outcomes, num_drafts)]
 

@@ -59,8 +59,9 @@ class SSDModelRunner(CPUModelRunner):
         return [*(request.prompt_token_ids or ()), *request.output_token_ids]
 
     def time_step(self, num_tokens: int) -> None:
-        """One forward over so many tokens that belong to nobody, to be timed."""
-        self._dummy_run(num_tokens)
+        """One forward over so many tokens that belong to nobody and their logits, to be timed."""
+        hidden, _ = self._dummy_run(num_tokens, force_attention=True)
+        self.model.compute_logits(hidden)
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Callable[..., Any] | None:
         corrections = super()._update_states(scheduler_output)

@@ -164,6 +164,12 @@ class DraftSupervisor:
         elif self._state is State.READY:
             self._stall("it takes no more messages")
 
+    def give_up(self, reason: str) -> None:
+        """End the draft for good; decoding goes on without it."""
+        self._end()
+        self._state = State.GONE
+        logger.error("SSD draft %s; decoding goes on without it", reason)
+
     def close(self) -> None:
         """Stop the draft and remove what was shared with it."""
         self._state = State.GONE
@@ -287,13 +293,9 @@ class DraftSupervisor:
         self._state = State.ENDING
         self._deadline = now + ENDING_TIMEOUT_S
         self._not_before = now + (self._num_deaths - 1) * RESTART_PAUSE_S
-        self._process.kill()
-        self._channel.close()
-        shutil.rmtree(self._table_dir, ignore_errors=True)
-        self._counters.set("draft_alive", 0)
-        self._cache = self._laws = None  # memory of the old tables, which the new ones may need
+        self._end()
         if self._num_deaths > self._max_restarts:
-            self._give_up(f"{reason}; no restarts left")
+            self.give_up(f"{reason}; no restarts left")
             return
         logger.warning("SSD draft %s; starting it again, decoding goes on meanwhile", reason)
         self._start_again()
@@ -302,7 +304,7 @@ class DraftSupervisor:
         """Start another process once it is time, and the killed one is gone and with it what it held."""
         if self._process.exit_code() is None:
             if time.monotonic() > self._deadline:
-                self._give_up(f"has been killed and is still there after {ENDING_TIMEOUT_S:g} s")
+                self.give_up(f"has been killed and is still there after {ENDING_TIMEOUT_S:g} s")
             return
         if time.monotonic() < self._not_before:
             return
@@ -313,9 +315,13 @@ class DraftSupervisor:
         else:
             self._counters.add("draft_restarts")
 
-    def _give_up(self, reason: str) -> None:
-        self._state = State.GONE
-        logger.error("SSD draft %s; decoding goes on without it", reason)
+    def _end(self) -> None:
+        """Kill the process, without waiting, and let go of what was shared with it."""
+        self._process.kill()
+        self._channel.close()
+        shutil.rmtree(self._table_dir, ignore_errors=True)
+        self._counters.set("draft_alive", 0)
+        self._cache = self._laws = None  # memory that the next one's tables may need
 
 
 def _how_it_ended(exit_code: int) -> str:

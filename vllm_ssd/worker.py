@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -79,8 +80,9 @@ class DraftHost:
         warmed_up = super().compile_or_warm_up_model()  # type: ignore[misc]
         ssd = self.vllm_config.speculative_config
         if ssd.ssd_planner:
-            batch = min(8, self.vllm_config.scheduler_config.max_num_seqs)
-            most_tokens = (ssd.num_speculative_tokens + 1) * batch
+            scheduler = self.vllm_config.scheduler_config
+            batch = min(8, scheduler.max_num_seqs)
+            most_tokens = min((ssd.num_speculative_tokens + 1) * batch, scheduler.max_num_batched_tokens)
             target_times = measure_line(self.model_runner.time_step, 1, most_tokens)  # on all ranks at once
             if self._draft is not None:
                 self._draft.plan_rounds(target_times)
@@ -92,7 +94,7 @@ class DraftHost:
             self._stop_draft()
         super().shutdown()  # type: ignore[misc]
 
-    def ssd_plan(self, num_drafts: int | None = None, branch_budget: int = 0) -> None:
+    def ssd_plan(self, num_drafts: int | None = None, branch_budget: int = sys.maxsize) -> None:
         """Fix K and the branch budget from now on, at most what is configured; without arguments undo it.
 
         For `LLM.collective_rpc("ssd_plan", args=(3, 8))`.

@@ -103,21 +103,54 @@ except ValueError as error:
 """
 
 
-def test_on_an_unsupported_version_only_ssd_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def run_without_plugins(code: str, pair: tuple[Path, Path], folder: Path) -> subprocess.CompletedProcess[str]:
     """In a process where nothing is patched yet; VLLM_PLUGINS keeps vLLM from loading us itself."""
     done = subprocess.run(
-        [sys.executable, "-c", UNSUPPORTED, *map(str, pair)],
+        [sys.executable, "-c", code, *map(str, pair)],
         capture_output=True,
         text=True,
         timeout=200,
         check=False,
         env=os.environ | {"VLLM_PLUGINS": "none"},
-        cwd=tmp_path,
+        cwd=folder,
     )
     assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_on_an_unsupported_version_only_ssd_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    done = run_without_plugins(UNSUPPORTED, pair, tmp_path)
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("REFUSED:")]
     assert "0.32." in line
     assert "0.99.0" in line
+
+
+LACKING = """
+import sys
+from vllm.utils import cpu_triton_utils
+del cpu_triton_utils._expand_kernel_impl
+import vllm_ssd
+from vllm.engine.arg_utils import EngineArgs
+vllm_ssd.register()
+vllm_ssd.register()
+target, draft = sys.argv[1:]
+assert EngineArgs(model=target, max_model_len=128).create_engine_config().speculative_config is None
+args = EngineArgs(model=target, max_model_len=128,
+                  speculative_config={"method": "ssd", "model": draft, "num_speculative_tokens": 2})
+try:
+    args.create_engine_config()
+except ValueError as error:
+    print("REFUSED:", error)
+"""
+
+
+def test_where_vllm_lacks_what_is_patched_only_ssd_is_refused(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """An error in `register` would end every engine of this vLLM."""
+    done = run_without_plugins(LACKING, pair, tmp_path)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("REFUSED:")]
+    assert "_expand_kernel_impl" in line
 
 
 class TestExpansion:

@@ -211,9 +211,57 @@ def test_a_tensor_parallel_target(pair: Pair, monkeypatch: pytest.MonkeyPatch) -
     on_cores(monkeypatch, {core: core % 4 for core in range(8)})
     for _ in range(2):
         config = create(pair, TWO_RANKS)
-        assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "0,1,4,5|2,6"
+        assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "4|6"
         assert config.speculative_config.draft_cores == [7]
         assert config.speculative_config.draft_parallel_config.tensor_parallel_size == 1
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "reserved", "shares"),
+    [(1, None, [[8, 9]]), (1, 2, [[8]]), (1, 0, [[8, 9, 10]]), (2, None, [[8, 9], [12, 13, 14]])],
+)
+def test_targets_are_placed_as_vllm_does(
+    monkeypatch: pytest.MonkeyPatch, num_ranks: int, reserved: int | None, shares: list[list[int]]
+) -> None:
+    """A NUMA node, one thread of each physical core, and a core for the engine's other processes."""
+    from vllm.utils.cpu_resource_utils import LogicalCPUInfo
+
+    from vllm_ssd import config
+
+    cpus = [LogicalCPUInfo(id=i, physical_core=i % 8, numa_node=i % 8 // 4) for i in range(16)]
+    monkeypatch.setattr(config, "get_allowed_cpu_list", lambda: cpus)
+    monkeypatch.setattr(config.envs, "VLLM_CPU_NUM_OF_RESERVED_CPU", reserved, raising=False)
+    # The draft's core 3 is one physical core with 11, of the first node.
+    assert config._shares_of_ranks([3], num_ranks) == shares
+
+
+def test_an_engine_without_ssd_is_not_bound_as_one_with_it_was(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    on_cores(monkeypatch, {core: core for core in range(4)})
+    create(pair)
+    assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "0,1"
+    EngineArgs(model=str(pair[0]), max_model_len=256).create_engine_config()
+    assert os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto") == "auto"
+
+
+def test_sleep_mode_and_wide_noise(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_ssd.config import _check_platform
+
+    parallel = create(pair).parallel_config
+    model = SimpleNamespace(enable_sleep_mode=True, use_fp64_gumbel=False)
+    ssd: Any = SimpleNamespace(
+        target_model_config=model, target_parallel_config=parallel, ssd_verify="coupled"
+    )
+    with pytest.raises(ValueError, match="remove enable_sleep_mode"):
+        _check_platform(ssd)
+    model.enable_sleep_mode, model.use_fp64_gumbel = False, True
+    with pytest.raises(ValueError, match=r"use_fp64_gumbel.*'ratio'"):
+        _check_platform(ssd)
+    ssd.ssd_verify = "ratio"
+    _check_platform(ssd)
 
 
 def test_a_tensor_parallel_target_with_too_few_cores(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,12 +383,24 @@ def test_with_ray_the_drafts_gpu_is_named(pair: Pair, monkeypatch: pytest.Monkey
     from vllm_ssd.config import _choose_draft_device
 
     on_cuda(monkeypatch, 4)
-    parallel = SimpleNamespace(distributed_executor_backend="ray")
+    parallel = SimpleNamespace(distributed_executor_backend="ray", assigned_physical_gpu_ids=None)
     ssd = SimpleNamespace(ssd_draft_device=None, target_parallel_config=parallel)
     with pytest.raises(ValueError, match="ssd_draft_device"):
         _choose_draft_device(ssd)
     ssd.ssd_draft_device = "cuda:3"
     assert _choose_draft_device(ssd) == "cuda:3"
+
+
+def test_beside_chosen_gpus_the_drafts_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_ssd.config import _choose_draft_device
+
+    on_cuda(monkeypatch, 4)
+    parallel = SimpleNamespace(distributed_executor_backend="mp", assigned_physical_gpu_ids=[2, 3])
+    ssd: Any = SimpleNamespace(ssd_draft_device=None, target_parallel_config=parallel)
+    with pytest.raises(ValueError, match=r"\[2, 3\].*ssd_draft_device"):
+        _choose_draft_device(ssd)
+    ssd.ssd_draft_device = "cuda:0"
+    assert _choose_draft_device(ssd) == "cuda:0"
 
 
 def test_a_gpu_where_there_is_none(pair: Pair) -> None:
@@ -404,8 +464,8 @@ class TestCores:
     def test_the_target_is_bound_to_the_rest(self) -> None:
         from vllm_ssd.config import _leave_cores_to_draft
 
-        _leave_cores_to_draft([1, 3], 1)
-        assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "0,2"
+        _leave_cores_to_draft([3], 1)
+        assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "0,1"  # less one for vLLM's other processes
 
     def test_a_target_bound_by_the_user_stays(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from vllm_ssd.config import _leave_cores_to_draft

@@ -102,13 +102,14 @@ def measured(clock: Clock, round_s: float, tokens: int, acceptance: float, ngram
     return costs
 
 
-def ngram(max_model_len: int = 1000, num_drafts: int = K, **history: list[int]) -> NgramFallback:
-    return NgramFallback(match_ngram, lambda name: history[name], max_model_len, num_drafts)
+def ngram(max_model_len: int = 1000, **history: list[int]) -> NgramFallback:
+    return NgramFallback(match_ngram, lambda name: history[name], max_model_len)
 
 
 def found(tokens: list[int], num_drafts: int, max_model_len: int = 1000) -> list[int]:
-    (drafts,) = ngram(max_model_len, num_drafts, a=tokens).propose(
+    (drafts,) = ngram(max_model_len, a=tokens).propose(
         [MissedOutcome("a", Outcome(0, 1, 0, 0, tokens[-1]), tokens[-1:])],
+        num_drafts,
         None,  # type: ignore[arg-type]  # asks no draft
     )
     assert drafts.kind == NGRAM
@@ -116,7 +117,7 @@ def found(tokens: list[int], num_drafts: int, max_model_len: int = 1000) -> list
 
 
 def test_none_proposes_nothing(draft: LinkedDraft) -> None:
-    assert NoFallback().propose(missed(0, 1), draft) == [NOTHING, NOTHING]
+    assert NoFallback().propose(missed(0, 1), K, draft) == [NOTHING, NOTHING]
 
 
 def test_ngram_continues_the_last_few_tokens_as_before() -> None:
@@ -144,7 +145,7 @@ def test_ngram_proposes_what_followed_an_earlier_match(tokens: list[int], count:
 
 def test_just_in_time_waits_for_the_missed_rows_alone(draft: LinkedDraft, clock: Clock) -> None:
     costs = measured(clock, round_s=0.1, tokens=3, acceptance=0.9, ngram=0.0)
-    drafts = JustInTimeFallback(costs, K).propose(missed(0, 2), draft)
+    drafts = JustInTimeFallback(costs).propose(missed(0, 2), K, draft)
     length = draft.asked[0].num_drafts
     assert length == K  # a round is long and steps are short
     assert draft.asked == [MissedRow(0, 5, 2, [50, 60], K), MissedRow(2, 5, 2, [50, 62], K)]
@@ -152,52 +153,59 @@ def test_just_in_time_waits_for_the_missed_rows_alone(draft: LinkedDraft, clock:
     assert draft.naps == K
 
 
+def test_just_in_time_asks_for_no_more_than_is_planned(draft: LinkedDraft, clock: Clock) -> None:
+    costs = measured(clock, round_s=0.1, tokens=3, acceptance=0.9, ngram=0.0)
+    assert JustInTimeFallback(costs).propose(missed(0), 2, draft) == [Drafts(DRAFT, [0, 1])]
+    assert draft.asked[0].num_drafts == 2
+    assert draft.naps == 2
+
+
 def test_just_in_time_takes_what_there_is_at_the_deadline(draft: LinkedDraft, clock: Clock) -> None:
     costs = measured(clock, round_s=0.1, tokens=3, acceptance=0.9, ngram=0.0)
     draft.most, began = 1, clock.now
-    assert JustInTimeFallback(costs, K).propose(missed(1), draft) == [Drafts(DRAFT, [10])]
+    assert JustInTimeFallback(costs).propose(missed(1), K, draft) == [Drafts(DRAFT, [10])]
     assert clock.now - began < 2 * fallback_module.PATIENCE * (K + 1) * draft.step_seconds
 
 
 def test_a_request_that_got_nothing_is_left_alone_for_a_while(draft: LinkedDraft, clock: Clock) -> None:
     costs = measured(clock, round_s=0.1, tokens=3, acceptance=0.9, ngram=0.0)
-    just_in_time = JustInTimeFallback(costs, K)
+    just_in_time = JustInTimeFallback(costs)
     draft.most = 0
-    assert just_in_time.propose(missed(1), draft) == [NOTHING]
+    assert just_in_time.propose(missed(1), K, draft) == [NOTHING]
     began = clock.now
-    assert just_in_time.propose(missed(1), draft) == [NOTHING]
+    assert just_in_time.propose(missed(1), K, draft) == [NOTHING]
     assert clock.now == began
     draft.most, draft.naps = K, 0
-    assert just_in_time.propose(missed(1, 2), draft) == [NOTHING, Drafts(DRAFT, [20, 21, 22, 23])]
+    assert just_in_time.propose(missed(1, 2), K, draft) == [NOTHING, Drafts(DRAFT, [20, 21, 22, 23])]
     assert [row.slot for row in draft.asked] == [2]
     clock.now += SILENCE_S
     draft.naps = 0
-    assert just_in_time.propose(missed(1), draft) == [Drafts(DRAFT, [10, 11, 12, 13])]
+    assert just_in_time.propose(missed(1), K, draft) == [Drafts(DRAFT, [10, 11, 12, 13])]
 
 
 def test_auto_gives_ngrams_to_rows_that_the_draft_has_nothing_for(draft: LinkedDraft, clock: Clock) -> None:
     costs = measured(clock, round_s=0.1, tokens=3, acceptance=0.9, ngram=0.0)
     history = [1, 2, 3, 4, 1, 2, 3]
-    auto = AutoFallback(costs, ngram(**{"1": history, "2": history}), JustInTimeFallback(costs, K))
+    auto = AutoFallback(costs, ngram(**{"1": history, "2": history}), JustInTimeFallback(costs))
     draft.most = 0
-    assert auto.propose(missed(1), draft) == [Drafts(NGRAM, [4, 1, 2, 3])]
+    assert auto.propose(missed(1), K, draft) == [Drafts(NGRAM, [4, 1, 2, 3])]
     began, draft.most = clock.now, K
-    assert auto.propose(missed(1), draft) == [Drafts(NGRAM, [4, 1, 2, 3])]
+    assert auto.propose(missed(1), K, draft) == [Drafts(NGRAM, [4, 1, 2, 3])]
     assert clock.now == began
     draft.naps = 0
-    found = auto.propose(missed(1, 2), draft)
+    found = auto.propose(missed(1, 2), K, draft)
     assert found == [Drafts(NGRAM, [4, 1, 2, 3]), Drafts(DRAFT, [20, 21, 22, 23])]
 
 
 def test_nobody_waits_before_a_step_was_measured(draft: LinkedDraft, clock: Clock) -> None:
     draft.step_seconds = 0.0
-    assert JustInTimeFallback(Costs(), K).propose(missed(0), draft) == [NOTHING]
+    assert JustInTimeFallback(Costs()).propose(missed(0), K, draft) == [NOTHING]
     assert draft.asked == []
 
 
 def test_just_in_time_without_a_draft(draft: LinkedDraft, clock: Clock) -> None:
     draft.cache = None
-    assert JustInTimeFallback(Costs(), K).propose(missed(0), draft) == [NOTHING]
+    assert JustInTimeFallback(Costs()).propose(missed(0), K, draft) == [NOTHING]
     assert clock.now == 0.0
 
 
@@ -215,7 +223,7 @@ def test_the_length_that_pays(
     clock: Clock, acceptance: float, step_s: float, num_missed: int, longest: int, shortest: int
 ) -> None:
     costs = measured(clock, round_s=0.02, tokens=8, acceptance=acceptance, ngram=0.0)
-    assert shortest <= JustInTimeFallback(costs, K).best_length(num_missed, step_s)[0] <= longest
+    assert shortest <= JustInTimeFallback(costs).best_length(num_missed, K, step_s)[0] <= longest
 
 
 @pytest.mark.parametrize(
@@ -226,15 +234,15 @@ def test_auto_takes_what_is_measured_to_pay(
 ) -> None:
     costs = measured(clock, round_s=0.02, tokens=4, acceptance=0.8, ngram=ngram_accepted)
     draft.step_seconds = step_s
-    auto = AutoFallback(costs, ngram(**{"0": [1, 2, 3, 4, 1, 2, 3]}), JustInTimeFallback(costs, K))
+    auto = AutoFallback(costs, ngram(**{"0": [1, 2, 3, 4, 1, 2, 3]}), JustInTimeFallback(costs))
     kinds = []
     for _ in range(TRY_OTHER_EVERY):
         draft.naps = 0
-        kinds.append(auto.propose(missed(0), draft)[0].kind)
+        kinds.append(auto.propose(missed(0), K, draft)[0].kind)
     assert set(kinds[:-1]) == {kind}
     assert kinds[-1] != kind  # now and then the other, to go on measuring it
     draft.cache = None
-    assert auto.propose(missed(0), draft)[0].kind == NGRAM
+    assert auto.propose(missed(0), K, draft)[0].kind == NGRAM
 
 
 def test_a_pause_is_no_long_round(clock: Clock) -> None:

@@ -108,7 +108,7 @@ def test_more_requests_than_are_remembered_cost_their_own_rows_only(monkeypatch:
 def test_streams_of_one_seed_are_independent() -> None:
     """The draft's noise of each round, the numbers that accept, and the target's own noise."""
     seeds, positions = torch.arange(20_000), torch.full((20_000,), 9)
-    drafts = [torch.tensor([draft_seed(seed, round_) for seed in seeds.tolist()]) for round_ in (0, 1, 2)]
+    drafts = [torch.tensor([draft_seed(seed, 1, round_) for seed in seeds.tolist()]) for round_ in (0, 1, 2)]
     streams = [uniform(s, positions) for s in (seeds, accept_seeds(seeds), *drafts)]
     for i, first in enumerate(streams):
         assert kstest(first.numpy(), "uniform").pvalue > 1e-4

@@ -29,8 +29,9 @@ class AlwaysMore:
     def __init__(self, history: dict[str, list[int]]) -> None:
         self._history = history
 
-    def propose(self, missed: Sequence[MissedOutcome], draft: DraftAccess) -> list[Drafts]:
-        return [Drafts(NGRAM, [self._history[row.request_id][-1], *range(90, 89 + K)]) for row in missed]
+    def propose(self, missed: Sequence[MissedOutcome], num_drafts: int, draft: DraftAccess) -> list[Drafts]:
+        more = range(90, 89 + num_drafts)
+        return [Drafts(NGRAM, [self._history[row.request_id][-1], *more]) for row in missed]
 
 
 class Bench:
@@ -326,4 +327,5 @@ def test_a_plan_without_speculation(bench: Bench) -> None:
     (message,) = bench.link.take_sent()
     assert isinstance(message, Outcomes)
     assert (message.num_drafts, message.branch_budget) == (0, 0)
-    assert bench.counters["fallback_ngram"] == 0
+    # Nobody asked, so nothing was missed.
+    assert [bench.counters[name] for name in ("fallback_ngram", "lookups", "late", "undrafted")] == [0] * 4

@@ -22,7 +22,7 @@ AFTER = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.1, 0.5])  # the target's law after t
 
 def drawn(law: Tensor, seeds: Tensor, position: int) -> Tensor:
     """[n] as the draft draws."""
-    own = torch.tensor([draft_seed(seed, 0) for seed in seeds.tolist()])
+    own = torch.tensor([draft_seed(seed, 1, 0) for seed in seeds.tolist()])
     return (law.log() + gumbel(own, torch.full_like(seeds, position), VOCAB)).argmax(dim=-1)
 
 

@@ -62,7 +62,9 @@ def build_rows(trunk_rows: list[TrunkRow], groups: list[tuple[DraftRequest, Bran
 def _sampling_of_rows(requests: list[DraftRequest]) -> RowSampling:
     sampling = [request.sampling for request in requests]
     seeds = [
-        draft_seed(request.sampling.seed, request.round) if request.is_drawn else request.sampling.seed
+        draft_seed(request.sampling.seed, request.epoch, request.round)
+        if request.is_drawn
+        else request.sampling.seed
         for request in requests
     ]
     return RowSampling(

@@ -277,7 +277,7 @@ class DraftServer:
             self._engine.copy_blocks(np.array(copies.sources), np.array(copies.targets))
 
     def _share_of_blocks(self) -> int:
-        """Blocks that the branches of each request may hold, of what trunks leave: enough for one at least."""
+        """Blocks that each request's branches may hold, of what trunks leave: enough for one at least."""
         sharing = [request for request in self._requests.values() if not self._waits(request)]
         left = self._pool.num_available + sum(request.num_private_blocks for request in sharing)
         return max(left // max(1, len(sharing)), self._blocks_of_branch)
