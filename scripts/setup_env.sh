@@ -9,7 +9,7 @@
 #   SSD_PYTHON=PROGRAM     the Python 3.11 to use                 (default: looked for)
 #   PYTORCH_CPU_INDEX=URL  PyTorch's own CPU wheel index, added when pip does not find torch's CPU build by itself
 #
-# A machine with a GPU needs none of this: `pip install 'vllm-ssd[cuda]'`.
+# A machine with a GPU needs none of this: vLLM 0.32 as it comes, and `pip install .`.
 #
 # The traps of vLLM's CPU wheel, all handled here and nowhere else
 # ----------------------------------------------------------------

@@ -103,6 +103,7 @@ def test_identical(
 ) -> None:
     target, draft = pair
     llm = engines.get(target, ssd(draft, num_drafts, **options), **small_chunks())
+    in_worker(llm, give_draft_time)
     assert generate(llm, mixed_prompts(), greedy_params(NUM_TOKENS)) == reference
     one_by_one = [generate(llm, [prompt], greedy_params(NUM_TOKENS))[0] for prompt in mixed_prompts()[::5]]
     assert one_by_one == reference[::5]

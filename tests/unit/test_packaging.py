@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -112,8 +114,33 @@ def test_importing_the_plugin_is_light() -> None:
     assert heavy == "[]"
 
 
-def test_type_hints_are_shipped() -> None:
-    assert (ROOT / "vllm_ssd/py.typed").is_file()
+def test_a_wheel_has_all_that_runs(tmp_path: Path) -> None:
+    """An editable install would work without it."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in tracked_files():
+        if path.relative_to(ROOT).parts[0] in (
+            "setup.py",
+            "pyproject.toml",
+            "README.md",
+            "vllm_ssd",
+            "kernels",
+        ):
+            copy = source / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
+    options = ["--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(source)], check=True, timeout=120)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (points,) = (archive.read(name).decode() for name in names if name.endswith("entry_points.txt"))
+    assert "ssd = vllm_ssd:register" in points
+    folders = {"vllm_ssd": "vllm_ssd", "kernels": "vllm_ssd/kernels"}
+    for folder, installed in folders.items():
+        for path in source.glob(f"{folder}/**/*.py"):
+            assert f"{installed}/{path.relative_to(source / folder)}" in names
+    assert "vllm_ssd/py.typed" in names
 
 
 def test_the_licence_is_apache_2() -> None:
