@@ -68,8 +68,9 @@ def build(target: Path, speculative_config: dict[str, Any] | None = None, **opti
             for name, value in speculative_config.items()
         }
     llm = LLM(str(target), **chosen)
-    # Once is enough for a process; vLLM's next search for kernels trips over modules that came since.
-    CpuPlatform.register_triton_kernel_overrides = classmethod(lambda cls: None)
+    if "distributed_executor_backend" not in chosen:  # else it was done elsewhere
+        # Once is enough for a process; vLLM's next search for kernels trips over modules that came since.
+        CpuPlatform.register_triton_kernel_overrides = classmethod(lambda cls: None)
     return llm
 
 
