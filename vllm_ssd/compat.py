@@ -76,8 +76,8 @@ def refuse_method_ssd(reason: str = "") -> None:
     import vllm
     from vllm.engine.arg_utils import EngineArgs
 
-    stock = EngineArgs.create_speculative_config
-    if hasattr(stock, _MARK):
+    stock = getattr(EngineArgs, "create_speculative_config", None)
+    if stock is None or hasattr(stock, _MARK):  # without it, vLLM itself refuses a method it does not know
         return
 
     def create_speculative_config(self: Any, *args: Any, **kwargs: Any) -> Any:

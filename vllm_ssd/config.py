@@ -17,7 +17,7 @@ from vllm.config.speculative import SpeculativeConfig
 from vllm.config.utils import config
 from vllm.logger import init_logger
 from vllm.platforms import CpuArchEnum, current_platform
-from vllm.utils.cpu_resource_utils import get_allowed_cpu_list
+from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_visible_memory_node
 
 from vllm_ssd.shared import NAME_BYTES, name_shared_folder, remove_at_exit
 
@@ -406,22 +406,17 @@ def _shares_of_ranks(draft_cores: list[int], num_ranks: int) -> list[list[int]]:
     free = [(node, cores) for node, cores in physical if not set(cores) & set(draft_cores)]
     if len(free) < num_ranks:
         free = [(cpu.numa_node, [cpu.id]) for cpu in cpus if cpu.id not in draft_cores]
-    nodes = sorted({node for node, _ in free})
+    with_cores = {node for node, _ in free}
+    nodes = [node for node in get_visible_memory_node() if node in with_cores]
     if len(nodes) >= num_ranks:
         shares = [[cores for of, cores in free if of == node] for node in nodes[:num_ranks]]
     else:
         shares = [[free[i][1] for i in share] for share in np.array_split(np.arange(len(free)), num_ranks)]
     is_x86 = current_platform.get_cpu_architecture() == CpuArchEnum.X86
-    return [
-        [core for cores in _less_reserved(share) for core in (cores[-1:] if is_x86 else cores)]
-        for share in shares
-    ]
-
-
-def _less_reserved(share: list[list[int]]) -> list[list[int]]:
     reserved = envs.VLLM_CPU_NUM_OF_RESERVED_CPU
-    reserved = 1 if reserved is None else reserved
-    return share[: len(share) - reserved] or share
+    each = 1 if reserved is None else reserved // num_ranks
+    kept = [share[: max(0, len(share) - each)] or share for share in shares]
+    return [[core for cores in share for core in (cores[-1:] if is_x86 else cores)] for share in kept]
 
 
 def restore_binding() -> None:

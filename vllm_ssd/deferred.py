@@ -232,7 +232,8 @@ class DeferredRounds:
             ]
             sampled = self._history.new_tokens(round_.request_ids, counts, [row[1] for row in rows])
             served = [row[3 : 3 + row[2]] if row[2] != MISSED else None for row in rows]
-            found = LookedUp(round_.plan, served if round_.had_draft else None)
+            was_asked = round_.had_draft and round_.plan.num_drafts > 0
+            found = LookedUp(round_.plan, served if was_asked else None)
             self._proposer.take_in(round_.request_ids, sampled, found)
             self._history.extend(round_.request_ids, sampled)
         self._proposed = round_.request_ids, [row or [] for row in served]

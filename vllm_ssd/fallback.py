@@ -153,7 +153,9 @@ class JustInTimeFallback:
         ]
         draft.send(Missed(rows))
         answers = _await_depth(draft, [row.outcome for row in asked], length)
-        found = {row.request_id: drafts for row, drafts in zip(asked, answers, strict=True) if drafts}
+        found = {
+            row.request_id: drafts[:length] for row, drafts in zip(asked, answers, strict=True) if drafts
+        }
         self._remember_silent(asked, found)
         return [
             Drafts(DRAFT, found[row.request_id]) if row.request_id in found else NOTHING for row in missed

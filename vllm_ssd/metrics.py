@@ -89,7 +89,7 @@ class CounterReader:
         """Every counter's increase since the last call of this."""
         now = self.read()
         increase = {name: value - self._last.get(name, 0) for name, value in now.items()}
-        self._last = now
+        self._last = now or self._last  # a read that failed is made up for by the next
         return increase
 
 

@@ -22,8 +22,6 @@ _LEAST_REMEMBERED = 16  # stretches, whatever the vocabulary
 # Streams of noise that are independent of one another, made from one seed. The values mean nothing.
 _DRAFT_STREAM = 0x2545F4914F6CDD1D
 _ACCEPT_STREAM = 0x5851F42D4C957F2D
-_ROUND_STRIDE = 0x1E3779B97F4A7C15
-_EPOCH_STRIDE = 0x3C6EF372FE94F82B
 
 
 def gumbel(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
@@ -50,7 +48,18 @@ def draft_seed(seed: int, epoch: int, round_: int) -> int:
     A position may be drafted again in a later round, and whether it is may depend on what was drafted before;
     so may whether the request begins anew, with another epoch.
     """
-    return wrapped_to_int64((seed ^ _DRAFT_STREAM) + epoch * _EPOCH_STRIDE + round_ * _ROUND_STRIDE)
+    key = _mixed(seed ^ _DRAFT_STREAM)
+    for number in (epoch, round_):  # not a sum, in which the next seed and epoch meet a later round
+        key = _mixed(key + number)
+    return wrapped_to_int64(key)
+
+
+def _mixed(key: int) -> int:
+    """Another 64-bit integer for each: splitmix64's finalizer (https://prng.di.unimi.it/splitmix64.c)."""
+    key = (key + 0x9E3779B97F4A7C15) % 2**64
+    key = (key ^ (key >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    key = (key ^ (key >> 27)) * 0x94D049BB133111EB % 2**64
+    return key ^ (key >> 31)
 
 
 def accept_seeds(seeds: Tensor) -> Tensor:

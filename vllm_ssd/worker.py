@@ -105,9 +105,8 @@ class DraftHost:
         if num_drafts is None:
             self._draft.set_plan(None)
         else:
-            plan = Plan(
-                min(num_drafts, ssd.num_speculative_tokens), min(branch_budget, ssd.ssd_branch_budget)
-            )
+            budget = min(branch_budget, ssd.ssd_branch_budget) if num_drafts else 0
+            plan = Plan(min(num_drafts, ssd.num_speculative_tokens), budget)
             self._draft.set_plan(FixedPlan(plan))
 
     def ssd_stats(self) -> dict[str, Any]:

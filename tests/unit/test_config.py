@@ -218,7 +218,14 @@ def test_a_tensor_parallel_target(pair: Pair, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize(
     ("num_ranks", "reserved", "shares"),
-    [(1, None, [[8, 9]]), (1, 2, [[8]]), (1, 0, [[8, 9, 10]]), (2, None, [[8, 9], [12, 13, 14]])],
+    [
+        (1, None, [[8, 9]]),
+        (1, 2, [[8]]),
+        (1, 0, [[8, 9, 10]]),
+        (1, 6, [[8, 9, 10]]),  # more than there are
+        (2, None, [[8, 9], [12, 13, 14]]),
+        (2, 4, [[8], [12, 13]]),
+    ],
 )
 def test_targets_are_placed_as_vllm_does(
     monkeypatch: pytest.MonkeyPatch, num_ranks: int, reserved: int | None, shares: list[list[int]]
@@ -230,9 +237,13 @@ def test_targets_are_placed_as_vllm_does(
 
     cpus = [LogicalCPUInfo(id=i, physical_core=i % 8, numa_node=i % 8 // 4) for i in range(16)]
     monkeypatch.setattr(config, "get_allowed_cpu_list", lambda: cpus)
+    monkeypatch.setattr(config, "get_visible_memory_node", lambda: sorted({cpu.numa_node for cpu in cpus}))
     monkeypatch.setattr(config.envs, "VLLM_CPU_NUM_OF_RESERVED_CPU", reserved, raising=False)
     # The draft's core 3 is one physical core with 11, of the first node.
     assert config._shares_of_ranks([3], num_ranks) == shares
+    monkeypatch.setattr(config, "get_visible_memory_node", lambda: [1])  # as numactl may say
+    if num_ranks == 1 and reserved is None:
+        assert config._shares_of_ranks([3], 1) == [[12, 13, 14]]
 
 
 def test_an_engine_without_ssd_is_not_bound_as_one_with_it_was(
@@ -433,6 +444,7 @@ def on_cores(monkeypatch: pytest.MonkeyPatch, cores: dict[int, int]) -> None:
     cpus = [LogicalCPUInfo(id=core, physical_core=physical, numa_node=0) for core, physical in cores.items()]
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(cores))
     monkeypatch.setattr(config, "get_allowed_cpu_list", lambda: cpus)
+    monkeypatch.setattr(config, "get_visible_memory_node", lambda: sorted({cpu.numa_node for cpu in cpus}))
     monkeypatch.setattr(config, "_bound", None)
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "auto")
 

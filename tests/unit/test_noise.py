@@ -105,6 +105,13 @@ def test_more_requests_than_are_remembered_cost_their_own_rows_only(monkeypatch:
     assert rows == [20, 20, 20]
 
 
+def test_no_two_rounds_have_the_same_noise() -> None:
+    """Neighbouring seeds (of one request's several samples, say) with neighbouring epochs included."""
+    seeds = [*range(40), *range(-20, 0), *(2**62 + i for i in range(20))]
+    keys = {draft_seed(seed, epoch, round_) for seed in seeds for epoch in range(40) for round_ in range(40)}
+    assert len(keys) == len(seeds) * 40 * 40
+
+
 def test_streams_of_one_seed_are_independent() -> None:
     """The draft's noise of each round, the numbers that accept, and the target's own noise."""
     seeds, positions = torch.arange(20_000), torch.full((20_000,), 9)

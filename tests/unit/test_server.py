@@ -332,6 +332,42 @@ def test_requests_that_fill_the_pool_do_not_lock_each_other_out() -> None:
     target.finish()
 
 
+def test_blocks_given_up_by_one_are_for_another_that_had_given_up_its_own() -> None:
+    """Without any request ending."""
+    setup = Setup(num_blocks=20, block_size=4, budget=2, num_drafts=3, max_slots=2, max_model_len=200)
+    target = Target(setup)
+    target.start(0, prompt(random.Random(1), 40))
+    target.start(1, prompt(random.Random(2), 36))
+    rng = random.Random(3)
+
+    def go_on(slot: int, rounds: int) -> None:
+        for _ in range(rounds):
+            target.settle()
+            target.decide(slot, 0, rng.randrange(VOCAB))
+        target.settle()
+
+    go_on(0, 3)
+    go_on(1, 3)
+    assert len([slot for slot in range(2) if target.published(slot)]) == 1
+    stayed = 0 if target.published(0) else 1
+    go_on(stayed, 45)  # until it has no room either
+    assert target.published(1 - stayed)
+    target.finish()
+
+
+def test_a_fork_without_blocks_is_counted_once_a_round() -> None:
+    target = Target(Setup(num_blocks=3, block_size=4, budget=4, num_drafts=3, max_slots=1))
+    target.start(0, prompt(random.Random(4), 10))
+    for _ in range(10):
+        target.step()
+    assert target.counters["starved"] == 1
+    target.await_drafts(0, 0, 5, 2)
+    for _ in range(10):
+        target.step()
+    assert target.counters["starved"] == 2
+    target.finish()
+
+
 def test_a_request_that_has_outgrown_the_draft_gives_its_blocks_up() -> None:
     target = Target(Setup(num_blocks=12, block_size=4, budget=2, num_drafts=3, max_slots=2, max_model_len=40))
     target.start(0, prompt(random.Random(4), 33))

@@ -103,7 +103,7 @@ class DraftServer:
             engine.block_size - 1, self._num_drafts + 1, engine.block_size
         )
         self._starved: set[int] = set()  # slots that wait for the KV blocks of others' branches
-        self._evicted: set[int] = set()  # slots that wait for a request to end, having given up their blocks
+        self._evicted: set[int] = set()  # slots that have given up their blocks, and wait for as many
         self._measured = Measured(configure.branch_budget)
         self._recent_step_ns = RunningMean(1e6)
         self._advancing: list[BranchGroup] = []  # what the last step was made of, if of nothing else
@@ -189,7 +189,7 @@ class DraftServer:
         self._cache.close_branches(slot)
         self._requests.pop(slot).release()
         self._starved.clear()
-        self._evicted.clear()
+        self._evicted.discard(slot)
 
     def _await_drafts(self, missed: MissedRow) -> None:
         request = self._asked_about(missed)
@@ -209,10 +209,7 @@ class DraftServer:
         if request.awaited is None:  # else it was counted then
             k, token = len(outcome.tokens) - 1, outcome.tokens[-1]
             self._statistics(request).add(k, request.num_sent, request.rank(k, token))
-        had_blocks = bool(request.blocks)
         adopted = request.settle(outcome)
-        if had_blocks and not request.blocks:  # it has outgrown the draft
-            self._evicted.clear()
         if adopted is not None:
             self._counters.add("adopted")
             if adopted.laws and self._laws is not None:
@@ -256,6 +253,8 @@ class DraftServer:
         budget = self._branch_budget()
         share = 0
         for request in self._requests.values():
+            if request.slot in self._starved:
+                continue
             if request.awaited is not None and request.can_fork_awaited:
                 branches = {request.awaited.k: [request.awaited.token]}
             elif request.can_fork:
@@ -263,11 +262,14 @@ class DraftServer:
             else:
                 continue
             share = share or self._share_of_blocks()
-            most_blocks = min(self._pool.num_available, share - request.num_private_blocks)
-            if request.num_blocks_for(branches) > most_blocks:
+            most_blocks = max(0, min(self._pool.num_available, share - request.num_private_blocks))
+            lacks_blocks = request.num_blocks_for(branches) > most_blocks
+            if lacks_blocks:
                 self._note_shortage(request)
             group = request.fork(branches, most_blocks, copies)
             if group is None:
+                if lacks_blocks:
+                    self._starved.add(request.slot)
                 continue
             self._counters.add("branches", len(group))
             self._cache.open_branches(
@@ -323,7 +325,10 @@ class DraftServer:
     def _reserve(self) -> None:
         """Blocks for what all trunks lack, before branches take any."""
         for request in self._requests.values():
-            if self._waits(request) or not request.num_uncomputed or request.reserve():
+            if self._waits(request) or not request.num_uncomputed:
+                continue
+            self._evicted.discard(request.slot)
+            if request.reserve():
                 continue
             self._note_shortage(request)
             branches = sum(other.num_private_blocks for other in self._requests.values())
@@ -335,7 +340,9 @@ class DraftServer:
 
     def _waits(self, request: DraftRequest) -> bool:
         """Whether it has no use for blocks, or there are none for it at present."""
-        return not request.fits or request.slot in self._starved or request.slot in self._evicted
+        if request.slot in self._evicted:  # until there is room for all of it, and for a branch
+            return self._pool.num_available < request.num_missing_blocks + self._blocks_of_branch
+        return not request.fits or request.slot in self._starved
 
     def _note_shortage(self, request: DraftRequest) -> None:
         if not self._counters["starved"]:
@@ -365,10 +372,11 @@ class DraftServer:
         waiting = [
             (request, group) for request in requests for group in request.groups if group.steps < below
         ]
-        waiting.sort(key=lambda pair: (pair[1].steps, pair[0].last_served))
         room = self._configure.max_rows
+        if sum(len(group) for _, group in waiting) <= room:
+            return waiting
         chosen = []
-        for request, group in waiting:
+        for request, group in sorted(waiting, key=lambda pair: (pair[1].steps, pair[0].last_served)):
             if len(group) <= room:
                 chosen.append((request, group))
                 room -= len(group)
