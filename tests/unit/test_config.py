@@ -10,12 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from configs import assert_one_line, create, refusal
 
 import vllm_ssd
 
 Pair = tuple[Path, Path]
 NO_CORE = 4096
-TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,30 +28,6 @@ def bound_target(monkeypatch: pytest.MonkeyPatch) -> None:
     """The target bound to the first core, whatever earlier tests left."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", str(min(os.sched_getaffinity(0))))
     monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
-
-
-def create(pair: Pair, engine: dict[str, Any] | None = None, **speculative: Any) -> Any:
-    """The engine's config; an option of None is left out."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    options = {"method": "ssd", "model": str(pair[1]), "num_speculative_tokens": 4} | speculative
-    options = {name: value for name, value in options.items() if value is not None}
-    defaults = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256}
-    return EngineArgs(
-        model=str(pair[0]), speculative_config=options, **(defaults | (engine or {}))
-    ).create_engine_config()
-
-
-def refusal(pair: Pair, engine: dict[str, Any] | None = None, **speculative: Any) -> list[str]:
-    """The lines of the error."""
-    with pytest.raises(ValueError) as error:  # noqa: PT011  the callers look at its text
-        create(pair, engine, **speculative)
-    return str(error.value).splitlines()
-
-
-def assert_one_line(lines: list[str], *parts: str) -> None:
-    matching = [line for line in lines if all(part in line for part in parts)]
-    assert len(matching) == 1, lines
 
 
 def test_only_model_and_number_are_needed(pair: Pair) -> None:
@@ -206,58 +182,6 @@ def test_kinds_of_parallel_targets_that_are_not_known(pair: Pair, option: str) -
     assert_one_line(refusal(pair, {option: 2, "distributed_executor_backend": "mp"}), f"{option}=1", "2")
 
 
-def test_a_tensor_parallel_target(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each rank has physical cores of its own; and an earlier engine's binding is not the user's."""
-    on_cores(monkeypatch, {core: core % 4 for core in range(8)})
-    for _ in range(2):
-        config = create(pair, TWO_RANKS)
-        assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "4|6"
-        assert config.speculative_config.draft_cores == [7]
-        assert config.speculative_config.draft_parallel_config.tensor_parallel_size == 1
-
-
-@pytest.mark.parametrize(
-    ("num_ranks", "reserved", "shares"),
-    [
-        (1, None, [[8, 9]]),
-        (1, 2, [[8]]),
-        (1, 0, [[8, 9, 10]]),
-        (1, 6, [[8, 9, 10]]),  # more than there are
-        (2, None, [[8, 9], [12, 13, 14]]),
-        (2, 4, [[8], [12, 13]]),
-    ],
-)
-def test_targets_are_placed_as_vllm_does(
-    monkeypatch: pytest.MonkeyPatch, num_ranks: int, reserved: int | None, shares: list[list[int]]
-) -> None:
-    """A NUMA node, one thread of each physical core, and a core for the engine's other processes."""
-    from vllm.utils.cpu_resource_utils import LogicalCPUInfo
-
-    from vllm_ssd import config
-
-    cpus = [LogicalCPUInfo(id=i, physical_core=i % 8, numa_node=i % 8 // 4) for i in range(16)]
-    monkeypatch.setattr(config, "get_allowed_cpu_list", lambda: cpus)
-    monkeypatch.setattr(config, "get_visible_memory_node", lambda: sorted({cpu.numa_node for cpu in cpus}))
-    monkeypatch.setattr(config.envs, "VLLM_CPU_NUM_OF_RESERVED_CPU", reserved, raising=False)
-    # The draft's core 3 is one physical core with 11, of the first node.
-    assert config._shares_of_ranks([3], num_ranks) == shares
-    monkeypatch.setattr(config, "get_visible_memory_node", lambda: [1])  # as numactl may say
-    if num_ranks == 1 and reserved is None:
-        assert config._shares_of_ranks([3], 1) == [[12, 13, 14]]
-
-
-def test_an_engine_without_ssd_is_not_bound_as_one_with_it_was(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from vllm.engine.arg_utils import EngineArgs
-
-    on_cores(monkeypatch, {core: core for core in range(4)})
-    create(pair)
-    assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "0,1"
-    EngineArgs(model=str(pair[0]), max_model_len=256).create_engine_config()
-    assert os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto") == "auto"
-
-
 def test_sleep_mode_and_wide_noise(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_ssd.config import _check_platform
 
@@ -273,11 +197,6 @@ def test_sleep_mode_and_wide_noise(pair: Pair, monkeypatch: pytest.MonkeyPatch) 
         _check_platform(ssd)
     ssd.ssd_verify = "ratio"
     _check_platform(ssd)
-
-
-def test_a_tensor_parallel_target_with_too_few_cores(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    on_cores(monkeypatch, {0: 0, 1: 1})
-    assert_one_line(refusal(pair, TWO_RANKS), "2 ranks", "VLLM_CPU_OMP_THREADS_BIND")
 
 
 def test_ranks_that_schedule_by_themselves(pair: Pair) -> None:
@@ -416,89 +335,6 @@ def test_beside_chosen_gpus_the_drafts_is_named(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_gpu_where_there_is_none(pair: Pair) -> None:
     assert_one_line(refusal(pair, ssd_draft_device="cuda:0"), "no GPU here")
-
-
-@pytest.mark.parametrize(
-    ("text", "cores"), [("1", [1]), ("0,4-6", [0, 4, 5, 6]), ("8-11,15", [8, 9, 10, 11, 15]), ("3-3", [3])]
-)
-def test_lists_of_cores(text: str, cores: list[int]) -> None:
-    from vllm_ssd.config import parse_cores
-
-    assert parse_cores(text) == cores
-
-
-@pytest.mark.parametrize("text", ["", "a", "1,", "1-", "-1", "1..3", "1-2-3"])
-def test_malformed_lists_of_cores(text: str) -> None:
-    from vllm_ssd.config import parse_cores
-
-    with pytest.raises(ValueError, match="ssd_draft_cores"):
-        parse_cores(text)
-
-
-def on_cores(monkeypatch: pytest.MonkeyPatch, cores: dict[int, int]) -> None:
-    """A machine of these logical cores, each of a physical one, bound to nothing."""
-    from vllm.utils.cpu_resource_utils import LogicalCPUInfo
-
-    from vllm_ssd import config
-
-    cpus = [LogicalCPUInfo(id=core, physical_core=physical, numa_node=0) for core, physical in cores.items()]
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(cores))
-    monkeypatch.setattr(config, "get_allowed_cpu_list", lambda: cpus)
-    monkeypatch.setattr(config, "get_visible_memory_node", lambda: sorted({cpu.numa_node for cpu in cpus}))
-    monkeypatch.setattr(config, "_bound", None)
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "auto")
-
-
-class TestCores:
-    """Who gets which core, on a machine of four."""
-
-    @pytest.fixture(autouse=True)
-    def four_cores(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        on_cores(monkeypatch, {core: core for core in range(4)})
-
-    @staticmethod
-    def chosen(cores: str | None = None) -> list[int]:
-        from vllm_ssd.config import _choose_draft_cores
-
-        return _choose_draft_cores(SimpleNamespace(ssd_draft_cores=cores))  # type: ignore[arg-type]
-
-    def test_the_draft_takes_the_last_core(self) -> None:
-        assert self.chosen() == [3]
-
-    def test_the_draft_takes_the_last_core_that_the_target_leaves(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "2-3")
-        assert self.chosen() == [1]
-        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-3")
-        assert self.chosen() == [3]  # none left: they share
-
-    def test_the_target_is_bound_to_the_rest(self) -> None:
-        from vllm_ssd.config import _leave_cores_to_draft
-
-        _leave_cores_to_draft([3], 1)
-        assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "0,1"  # less one for vLLM's other processes
-
-    def test_a_target_bound_by_the_user_stays(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from vllm_ssd.config import _leave_cores_to_draft
-
-        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-2")
-        _leave_cores_to_draft([1, 3], 1)
-        assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "0-2"
-
-    @pytest.mark.parametrize(
-        ("binding", "shared"), [("0-2", None), ("0-3", "3"), ("0,1|2,3", "3"), ("nobind", "3")]
-    )
-    def test_shared_cores_are_told(
-        self, monkeypatch: pytest.MonkeyPatch, binding: str, shared: str | None
-    ) -> None:
-        from vllm_ssd import config
-
-        said: list[str] = []
-        monkeypatch.setattr(config.logger, "warning", lambda text, *args: said.append(text % args))
-        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", binding)
-        config._warn_of_shared_cores([3])
-        assert [f"share core {shared}," in text for text in said] == [True] * (shared is not None)
 
 
 def test_the_readme_has_every_option_with_its_default() -> None:
