@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 from bench import (
-    WARM_UP_TOKENS,
     Contestant,
     Measurements,
     make_prompts,
@@ -193,22 +192,22 @@ def measure(figure: Figure, args: argparse.Namespace) -> list[dict[str, Any]]:
         prompts = make_prompts(args.target, max_batch * (args.repeats + 1), PROMPT_TOKENS)
         for engine in running:
             engine.await_ready()
-        warm_up = task(prompts, max_batch, WARM_UP_TOKENS, 0.0)
-        for engine in running:
-            engine.generate(warm_up)
+        lead = list(islice(prompts, max_batch))
         for repeat in range(args.repeats):
             drawn = list(islice(prompts, max_batch))
             for index in turn_order(len(points), repeat):
                 point = points[index]
                 progress.step(f"repeat {repeat + 1} of {args.repeats}: {point.series}, {point.x:g}")
-                work = task(iter(drawn), point.batch, args.out_tokens, point.temperature)
-                measured[index].results.append(engines[point.engine].generate(work))
+                engine = engines[point.engine]
+                engine.lead_in(task(lead, point, args.out_tokens))
+                measured[index].results.append(engine.generate(task(drawn, point, args.out_tokens)))
     return [row(point, found, cores) for point, found in zip(points, measured, strict=True)]
 
 
-def task(prompts: Iterator[list[int]], batch: int, out_tokens: int, temperature: float) -> GenerationTask:
-    """One batch, all at once."""
-    return GenerationTask(list(islice(prompts, batch)), [out_tokens] * batch, [batch] * batch, temperature)
+def task(prompts: Sequence[list[int]], point: Point, out_tokens: int) -> GenerationTask:
+    """One batch of this point, all at once."""
+    size = point.batch
+    return GenerationTask(list(prompts[:size]), [out_tokens] * size, [size] * size, point.temperature)
 
 
 def row(point: Point, found: Measurements, cores: Cores) -> dict[str, Any]:

@@ -4,9 +4,10 @@
 
 Every engine lives in a process of its own, all at the same time, and only one works at a time: repeat by
 repeat and batch size by batch size they take turns, so that a machine whose speed drifts is as fast for one
-as for the other. Each measurement has prompts that no engine has seen. Figures are medians over the repeats;
-ratios are taken within each repeat, and then their median. Targets run on the first core, the draft process
-of SSD on the second. Time counts from the arrival of the prompts, so their prefill is in it.
+as for the other. Before each measurement its engine does the like for two seconds, unmeasured: what is
+measured is an engine under load. Each measurement has prompts that no engine has seen. Figures are medians
+over the repeats; ratios are taken within each repeat, and then their median. Targets run on the first core,
+the draft process of SSD on the second. Time counts from the arrival of the prompts, so their prefill is in it.
 
 Exit status: 0 measured; 1 an engine failed.
 """
@@ -46,7 +47,6 @@ from rich.console import Console
 from rich.table import Table
 
 METHODS = ("ar", "draft_model", "ssd")
-WARM_UP_TOKENS = 24
 PROMPT_SEED = 1  # the check for losslessness uses others; none is used in training
 QUIET_SHARE = 0.97  # of the target's core that its process got, if nothing else ran there
 BLOCK_SIZE = 128  # vLLM's default on the CPU
@@ -250,7 +250,7 @@ class Bench:
         self._cores = choose_cores()
         self._contestants = contestants(args.methods, args.k)
         num_turns = args.repeats * len(args.batch)
-        self._num_steps = 1 + len(self._contestants) * (1 + num_turns)
+        self._num_steps = 1 + len(self._contestants) * num_turns
         self._measured = [
             Measurements(contestant, batch, []) for batch in args.batch for contestant in self._contestants
         ]
@@ -263,9 +263,9 @@ class Bench:
                 prompts = self._make_prompts()
                 for engine in engines:
                     engine.await_ready()
-                self._warm_up(engines, prompts, progress)
+                leads = [self._task(list(islice(prompts, batch)), batch) for batch in self._args.batch]
                 for repeat in range(self._args.repeats):
-                    self._measure(repeat, engines, prompts, progress)
+                    self._measure(repeat, engines, leads, prompts, progress)
 
     def rows(self) -> list[dict[str, Any]]:
         """The JSON file's rows."""
@@ -293,29 +293,26 @@ class Bench:
         count = sum(args.batch) + args.repeats * sum(self._num_prompts(batch) for batch in args.batch)
         return make_prompts(args.target, count, args.prompt_tokens)
 
-    def _task(self, prompts: list[list[int]], out_tokens: int, batch: int) -> GenerationTask:
+    def _task(self, prompts: list[list[int]], batch: int) -> GenerationTask:
         count = len(prompts)
-        return GenerationTask(prompts, [out_tokens] * count, [batch] * count, self._args.temperature)
-
-    def _warm_up(
-        self, engines: list[EngineProcess], prompts: Iterator[list[int]], progress: Progress
-    ) -> None:
-        tasks = [
-            self._task(list(islice(prompts, batch)), WARM_UP_TOKENS, batch) for batch in self._args.batch
-        ]
-        for engine in engines:
-            progress.step(f"warming up {engine.label}")
-            for task in tasks:
-                engine.generate(task)
+        return GenerationTask(
+            prompts, [self._args.out_tokens] * count, [batch] * count, self._args.temperature
+        )
 
     def _measure(
-        self, repeat: int, engines: list[EngineProcess], prompts: Iterator[list[int]], progress: Progress
+        self,
+        repeat: int,
+        engines: list[EngineProcess],
+        leads: list[GenerationTask],
+        prompts: Iterator[list[int]],
+        progress: Progress,
     ) -> None:
-        for turn, batch in enumerate(self._args.batch):
-            task = self._task(list(islice(prompts, self._num_prompts(batch))), self._args.out_tokens, batch)
+        for turn, (batch, lead) in enumerate(zip(self._args.batch, leads, strict=True)):
+            task = self._task(list(islice(prompts, self._num_prompts(batch))), batch)
             for index in turn_order(len(engines), repeat + turn):
                 engine = engines[index]
                 progress.step(f"repeat {repeat + 1} of {self._args.repeats}, batch {batch}, {engine.label}")
+                engine.lead_in(lead)
                 self._measured[turn * len(engines) + index].results.append(engine.generate(task))
 
 
