@@ -7,7 +7,8 @@ repeat and batch size by batch size they take turns, so that a machine whose spe
 as for the other. Before each measurement its engine does the like for two seconds, unmeasured: what is
 measured is an engine under load. Each measurement has prompts that no engine has seen. Figures are medians
 over the repeats; ratios are taken within each repeat, and then their median. Targets run on the first core,
-the draft process of SSD on the second. Time counts from the arrival of the prompts, so their prefill is in it.
+the draft process of SSD on the second. Time counts from the arrival of the prompts, so their prefill is in
+it.
 
 Exit status: 0 measured; 1 an engine failed.
 """

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import os
 import sys
@@ -168,6 +170,44 @@ def test_everyone_begins_a_turn_once() -> None:
     orders = [bench.turn_order(3, turn) for turn in range(3)]
     assert [order[0] for order in orders] == [0, 1, 2]
     assert all(sorted(order) == [0, 1, 2] for order in orders)
+
+
+class RecordingEngine:
+    """Stands in for an engine process; notes what it is asked."""
+
+    label = "ar"
+
+    def __init__(self) -> None:
+        self.led: list[harness.GenerationTask] = []
+        self.measured: list[harness.GenerationTask] = []
+
+    def await_ready(self) -> None:
+        pass
+
+    def lead_in(self, task: harness.GenerationTask) -> None:
+        self.led.append(task)
+
+    def generate(self, task: harness.GenerationTask) -> harness.GenerationResult:
+        self.measured.append(task)
+        return result(1.0, 100)
+
+
+def test_before_each_measurement_the_engine_does_the_like_with_other_prompts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = RecordingEngine()
+    monkeypatch.setattr(bench, "running_engines", lambda specs: contextlib.nullcontext([engine]))
+    monkeypatch.setattr(bench, "make_prompts", lambda *args: ([number] for number in itertools.count()))
+    options = {"target": "T", "draft": "D", "methods": ["ar"], "k": [4], "batch": [1, 4], "repeats": 3}
+    more = {"prompts": 1, "prompt_tokens": 8, "out_tokens": 8, "temperature": 0.0}
+    configs: dict[str, Any] = {"ssd_config": {}, "engine_args": {}}
+    bench.Bench(argparse.Namespace(**options, **more, **configs)).run()
+    assert [len(task.prompts) for task in engine.measured] == [1, 4] * 3
+    assert [len(task.prompts) for task in engine.led] == [1, 4] * 3
+    measured_prompts = [prompt for task in engine.measured for (prompt,) in task.prompts]
+    lead_prompts = {prompt for task in engine.led for (prompt,) in task.prompts}
+    assert len(set(measured_prompts)) == len(measured_prompts)  # none that an engine has seen
+    assert not lead_prompts & set(measured_prompts)
 
 
 @pytest.mark.parametrize("text", ["", "4,", "0", "-1", "four", "1.5"])
