@@ -375,7 +375,7 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
         "target in a round. draft ms: one step of the draft process."
     )
     if min(row["target_core_share"] for row in rows) < QUIET_SHARE:
-        console.print("[yellow]Other processes used the target's core meanwhile: these figures are rough.")
+        console.print("[yellow]The target's core also worked for others (or for the host): rough figures.")
 
 
 def parse_methods(text: str) -> list[str]:
