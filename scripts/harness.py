@@ -176,7 +176,7 @@ class EngineProcess:
         """Run a task again and again, unmeasured, until the machine runs as it does under lasting load.
 
         Where one virtual core has slept, the host may have both on one physical core, and take a second of
-        work on both to part them: it costs SSD a third of its speed and methods of one core nothing.
+        work on both to part them. It slows SSD down, and methods that use one core not at all.
 
         Raises:
             EngineFailed: as `generate` does.

@@ -10,11 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from configs import assert_one_line, create, refusal
+from configs import Pair, assert_one_line, create, refusal
 
 import vllm_ssd
 
-Pair = tuple[Path, Path]
 NO_CORE = 4096
 
 

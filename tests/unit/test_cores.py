@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from configs import assert_one_line, create, refusal
+from configs import Pair, assert_one_line, create, refusal
 
 import vllm_ssd
 
-Pair = tuple[Path, Path]
 TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 
 
