@@ -40,8 +40,13 @@ class Engines:
     def close(self) -> None:
         """Shut the engine down, if there is one."""
         llm, self._llm, self._key = self._llm, None, None
-        if llm is not None:
-            shut_down(llm)
+        if llm is None:
+            return
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        # What is left are modules, which stay: the next engine's start collects several times.
+        gc.freeze()
+        os.sched_setaffinity(0, CORES)
 
 
 def build(target: Path, speculative_config: dict[str, Any] | None = None, **options: Any) -> Any:
@@ -72,17 +77,6 @@ def build(target: Path, speculative_config: dict[str, Any] | None = None, **opti
         # Once is enough for a process; vLLM's next search for kernels trips over modules that came since.
         CpuPlatform.register_triton_kernel_overrides = classmethod(lambda cls: None)
     return llm
-
-
-def shut_down(llm: Any) -> None:
-    """End an engine and what it keeps in this process."""
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    llm.llm_engine.engine_core.shutdown()
-    del llm
-    cleanup_dist_env_and_memory()
-    gc.collect()
-    os.sched_setaffinity(0, CORES)
 
 
 def ssd(draft: Path, num_speculative_tokens: int, **options: Any) -> dict[str, Any]:
