@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
@@ -9,6 +10,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+atexit.register(gc.unfreeze)  # what is frozen (`Engines.close`) would count as leaked
 
 CORES = os.sched_getaffinity(0)
 MAX_MODEL_LEN = 1024

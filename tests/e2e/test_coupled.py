@@ -48,6 +48,13 @@ def params() -> list[Any]:
     ]
 
 
+SETTINGS: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
+    (1, {"ssd_branch_budget": 4}, {}),
+    (3, {"ssd_branch_budget": 24, "ssd_max_rows": 96}, {"max_num_batched_tokens": 64}),
+    (7, {"ssd_fallback": "ngram"}, {"max_num_seqs": 3}),
+]
+
+
 @pytest.fixture(scope="module")
 def undrafted(engines: Engines, pair: tuple[Path, Path]) -> list[list[int]]:
     """Every token sampled by itself: the draft is dead before the first request comes."""
@@ -62,15 +69,7 @@ def undrafted(engines: Engines, pair: tuple[Path, Path]) -> list[list[int]]:
     return tokens
 
 
-@pytest.mark.parametrize(
-    ("num_drafts", "options", "engine_options"),
-    [
-        (1, {"ssd_branch_budget": 4}, {}),
-        (3, {"ssd_branch_budget": 24, "ssd_max_rows": 96}, {"max_num_batched_tokens": 64}),
-        (7, {"ssd_fallback": "ngram"}, {"max_num_seqs": 3}),
-    ],
-    ids=["1", "3", "7"],
-)
+@pytest.mark.parametrize(("num_drafts", "options", "engine_options"), SETTINGS, ids=["1", "3", "7"])
 def test_tokens_do_not_depend_on_speculation(
     engines: Engines,
     pair: tuple[Path, Path],
@@ -88,6 +87,16 @@ def test_tokens_do_not_depend_on_speculation(
     assert metric(llm, "vllm:spec_decode_num_accepted_tokens") > 0
     some = zip(prompts()[:NUM_ALONE], params(), strict=False)
     assert [generate(llm, [prompt], one)[0] for prompt, one in some] == undrafted[:NUM_ALONE]
+
+
+def test_requests_without_a_seed_differ(engines: Engines, pair: tuple[Path, Path]) -> None:
+    from vllm import SamplingParams
+
+    num_drafts, options, engine_options = SETTINGS[-1]  # the engine of the test before
+    llm = engines.get(pair[0], ssd(pair[1], num_drafts, **options), **engine_options)
+    free = SamplingParams(temperature=1.0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    outputs = generate(llm, [[5, 6, 7]] * 8, free) + generate(llm, [[5, 6, 7]] * 8, free)
+    assert len(set(map(tuple, outputs))) == len(outputs)
 
 
 def test_nor_on_preemption_or_a_killed_draft(
@@ -113,15 +122,6 @@ def test_nor_on_preemption_or_a_killed_draft(
             os.kill(stats(llm)["draft"]["pid"], signal.SIGKILL)
     assert [answers[i.split("-")[0]] for i in ids] == undrafted
     assert metric(llm, "vllm:num_preemptions") > 0
-
-
-def test_requests_without_a_seed_differ(engines: Engines, pair: tuple[Path, Path]) -> None:
-    from vllm import SamplingParams
-
-    llm = engines.get(pair[0], ssd(pair[1], 4))
-    free = SamplingParams(temperature=1.0, max_tokens=NUM_TOKENS, ignore_eos=True)
-    outputs = generate(llm, [[5, 6, 7]] * 8, free) + generate(llm, [[5, 6, 7]] * 8, free)
-    assert len(set(map(tuple, outputs))) == len(outputs)
 
 
 def test_ratio_answers_the_same_requests(engines: Engines, pair: tuple[Path, Path]) -> None:

@@ -70,21 +70,37 @@ PENALISED = [
     Law(0.8, presence_penalty=0.7, frequency_penalty=0.4),
     Law(1.2, 6, 0.9, 0.8, -0.3, 0.2),
 ]
+# Paths of the same options, and tests with these before and after them, share an engine.
 PATHS: dict[str, tuple[list[Law], dict[str, Any]]] = {
     "coupled": (TEMPERATURES, {}),
     "coupled, top-k, top-p, grammar": (CONSTRAINED, {}),
     "coupled, penalties": (PENALISED, {}),
     "coupled, n-gram": ([Law(0.7), Law(1.3)], {"ssd_fallback": "ngram"}),
     "coupled, just in time": ([Law(0.7), Law(1.3)], {"ssd_fallback": "draft"}),
-    "ratio": (TEMPERATURES, {"ssd_verify": "ratio"}),
-    "ratio, top-k, top-p, grammar": (CONSTRAINED, {"ssd_verify": "ratio"}),
     "ratio, penalties, bfloat16": (PENALISED, {"ssd_verify": "ratio", "ssd_draft_dtype": "bfloat16"}),
     "ratio, n-gram": ([Law(0.7), Law(1.3)], {"ssd_verify": "ratio", "ssd_fallback": "ngram"}),
     "ratio, just in time": ([Law(0.7), Law(1.3)], {"ssd_verify": "ratio", "ssd_fallback": "draft"}),
     "ratio, geometric": ([Law(1.0)], {"ssd_verify": "ratio", "ssd_fanout": "geometric"}),
     "Saguaro 0.5": (TEMPERATURES, {"ssd_verify": "ratio", "ssd_saguaro_c": 0.5}),
     "Saguaro 0.1": ([Law(1.0), Law(1.0, top_k=4)], {"ssd_verify": "ratio", "ssd_saguaro_c": 0.1}),
+    "ratio": (TEMPERATURES, {"ssd_verify": "ratio"}),
+    "ratio, top-k, top-p, grammar": (CONSTRAINED, {"ssd_verify": "ratio"}),
 }
+
+
+def test_a_wrong_law_is_rejected(
+    engines: Engines, small_vocabulary_pair: tuple[Path, Path], model: LlamaForCausalLM
+) -> None:
+    """The tests below have the power to fail."""
+    llm = engine(engines, small_vocabulary_pair)
+    in_worker(llm, give_draft_time)
+    laws = [Law(1.0), Law(1.0, repetition_penalty=1.5)]
+    plain, penalised = sample(llm, laws, 1000)
+    for wrong in (Law(0.7), Law(1.3), Law(1.0, top_k=4), Law(1.0, top_p=0.8), laws[1]):
+        assert p_of_first_tokens(model, plain, wrong) < CERTAIN
+        assert p_of_all_tokens(model, plain, wrong) < CERTAIN
+    assert p_of_all_tokens(model, plain, Law(1.1)) < CERTAIN
+    assert p_of_all_tokens(model, penalised, Law(1.0)) < CERTAIN
 
 
 ONLY_IF_FULL = ("ratio, geometric", "Saguaro 0.5")
@@ -107,33 +123,6 @@ def test_exact(
     assert new[f"fallback_{options.get('ssd_fallback', 'none')}"] > 100
 
 
-@pytest.mark.parametrize("verify", ["coupled", "ratio"])
-def test_exact_with_partial_depth(
-    engines: Engines, small_vocabulary_pair: tuple[Path, Path], model: LlamaForCausalLM, verify: str
-) -> None:
-    llm = engine(engines, small_vocabulary_pair, 7, ssd_verify=verify)
-    in_worker(llm, vary_drafts_time)
-    assert_exact(model, llm, [Law(0.8), Law(1.2)])
-    counted = stats(llm)
-    print(counted)
-    assert counted["hits"] < counted["drafts_served"] < 7 * counted["hits"]
-
-
-def test_a_wrong_law_is_rejected(
-    engines: Engines, small_vocabulary_pair: tuple[Path, Path], model: LlamaForCausalLM
-) -> None:
-    """The tests above have the power to fail."""
-    llm = engine(engines, small_vocabulary_pair)
-    in_worker(llm, give_draft_time)
-    laws = [Law(1.0), Law(1.0, repetition_penalty=1.5)]
-    plain, penalised = sample(llm, laws, 1000)
-    for wrong in (Law(0.7), Law(1.3), Law(1.0, top_k=4), Law(1.0, top_p=0.8), laws[1]):
-        assert p_of_first_tokens(model, plain, wrong) < CERTAIN
-        assert p_of_all_tokens(model, plain, wrong) < CERTAIN
-    assert p_of_all_tokens(model, plain, Law(1.1)) < CERTAIN
-    assert p_of_all_tokens(model, penalised, Law(1.0)) < CERTAIN
-
-
 def test_the_stock_fault_shows(
     engines: Engines,
     small_vocabulary_pair: tuple[Path, Path],
@@ -148,6 +137,18 @@ def test_the_stock_fault_shows(
     override = rejection_sampler.expand_kernel
     monkeypatch.setattr(override, "_impl", override._impl._vllm_ssd)
     assert_rejected(model, llm, [Law(0.7), Law(1.3)])
+
+
+@pytest.mark.parametrize("verify", ["coupled", "ratio"])
+def test_exact_with_partial_depth(
+    engines: Engines, small_vocabulary_pair: tuple[Path, Path], model: LlamaForCausalLM, verify: str
+) -> None:
+    llm = engine(engines, small_vocabulary_pair, 7, ssd_verify=verify)
+    in_worker(llm, vary_drafts_time)
+    assert_exact(model, llm, [Law(0.8), Law(1.2)])
+    counted = stats(llm)
+    print(counted)
+    assert counted["hits"] < counted["drafts_served"] < 7 * counted["hits"]
 
 
 def wrong_temperature(laws: Callable[..., Any]) -> Callable[..., Any]:
