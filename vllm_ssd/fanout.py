@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -70,7 +71,7 @@ def geometric_fanout(acceptance: float, exponent: float, num_drafts: int, branch
     return fan_out.tolist()
 
 
-def global_fanout(log_probs: Sequence[npt.NDArray[np.float32]], branch_budget: int) -> list[int]:
+def global_fanout(log_probs: Sequence[npt.NDArray[np.floating[Any]]], branch_budget: int) -> list[int]:
     """Spend the budget on the likeliest outcomes (k, t), whatever their k.
 
     Where Theorem 12 weighs accepted lengths by their average frequency, this weighs every outcome of this

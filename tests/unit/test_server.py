@@ -344,6 +344,26 @@ def test_geometric_fan_out_follows_the_outcomes() -> None:
     target.finish()
 
 
+def test_global_fan_out_learns_how_far_the_target_agrees() -> None:
+    """Each draft is half of the law, yet always accepted: at last the branch waits where all are."""
+    target = Target(Setup(budget=1, fanout="global", vocab=64))
+    lengths = []
+    for _ in range(6):
+        request = target.start(0, prompt(random.Random(0), 10))
+        while len(request.tokens) < 150:
+            target.settle()
+            if request.drafts:
+                lengths.append([k for k, _, _ in target.published(0)])
+            chain = [*request.tokens, *request.drafts]
+            for _ in range(4):
+                chain.append(int(target.oracle.rank(chain)[0]))
+            target.decide(0, len(request.drafts), chain[-4], fallback=chain[-3:])
+        target.stop(0)
+    assert lengths[0] == [0]
+    assert lengths[-1] == [3]
+    target.finish()
+
+
 def test_the_target_may_want_less() -> None:
     """Fewer drafts and branches, then none, then all again: what is published follows, and hits go on."""
     target = Target(Setup(num_drafts=4, budget=10))

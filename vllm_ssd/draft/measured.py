@@ -1,19 +1,30 @@
 """What the draft learns from outcomes: how often drafts are accepted, how likely it held the rest (pure).
 
-Both are what Theorem 12 asks for: a, the acceptance per token, and r, the exponent of miss(F) ~ F^-r, where
-miss(F) is the share of outcomes that are not among the F likeliest candidates. Rounds are kept apart by where
-the verified drafts came from and by temperature, since both change a and r. Old rounds fade.
+Theorem 12 asks for a, the acceptance per token, and r, the exponent of miss(F) ~ F^-r, where miss(F) is the
+share of outcomes that are not among the F likeliest candidates. `vllm_ssd.draft.likelihood` asks how often a
+draft is accepted that was held this likely. Rounds are kept apart by where the verified drafts came from and
+by temperature, which change all of this. Old rounds fade.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.floating[Any]]
 
 FADING = 0.995  # weight of a round, one round later: some 200 rounds count
 PRIOR_ROUNDS = 16
 PRIOR_ACCEPTANCE = 0.8
 PRIOR_MISS = 0.3  # by the likeliest candidate alone
 LEAST_EXPONENT, GREATEST_EXPONENT = 0.1, 4.0
+# Between these log-probabilities drafts count together ("histogram binning").
+CONFIDENCE_EDGES = np.array([-3.0, -2.0, -1.5, -1.0, -0.7, -0.4, -0.2, -0.05, -0.01])
+PRIOR_CONFIDENCE = np.exp([-4.0, -2.5, -1.75, -1.25, -0.85, -0.55, -0.3, -0.12, -0.03, -0.005])
+PRIOR_DRAFTS = 4  # of each confidence
+NOTHING_KNOWN = np.empty(0)
 
 
 class OutcomeStatistics:
@@ -28,8 +39,16 @@ class OutcomeStatistics:
         self._tested = float(PRIOR_ROUNDS)
         misses = PRIOR_MISS / np.arange(1, num_ranks + 1)
         self._ranks = PRIOR_ROUNDS * -np.diff(misses, prepend=1.0, append=0.0)  # [num_ranks + 1]
+        self._tested_by_confidence = np.zeros_like(PRIOR_CONFIDENCE)
+        self._accepted_by_confidence = np.zeros_like(PRIOR_CONFIDENCE)
 
-    def add(self, num_accepted: int, num_sent: int, rank: int | None) -> None:
+    def add(
+        self,
+        num_accepted: int,
+        num_sent: int,
+        rank: int | None,
+        log_probs: FloatArray = NOTHING_KNOWN,
+    ) -> None:
         """Take in one round.
 
         Args:
@@ -37,13 +56,25 @@ class OutcomeStatistics:
             num_sent: drafts that were verified.
             rank: of the recovery or bonus token among the candidates at k, from 0; None if those were not
                 known yet.
+            log_probs: [n] the draft's, of the first n of the drafts that were tested.
         """
         if 0 < num_sent >= num_accepted:  # else nothing was tested, or drafts of before a restart
             self._accepted = FADING * self._accepted + num_accepted
             self._tested = FADING * self._tested + min(num_accepted + 1, num_sent)
+            confidence = np.searchsorted(CONFIDENCE_EDGES, log_probs)
+            self._tested_by_confidence *= FADING
+            self._accepted_by_confidence *= FADING
+            np.add.at(self._tested_by_confidence, confidence, 1)
+            np.add.at(self._accepted_by_confidence, confidence[:num_accepted], 1)
         if rank is not None:
             self._ranks *= FADING
             self._ranks[min(rank, len(self._ranks) - 1)] += 1
+
+    def log_acceptance(self, log_probs: FloatArray) -> FloatArray:
+        """[n] log-probability that drafts to which the draft gives `log_probs` [n] are accepted."""
+        confidence = np.searchsorted(CONFIDENCE_EDGES, log_probs)
+        accepted = self._accepted_by_confidence + PRIOR_DRAFTS * PRIOR_CONFIDENCE
+        return np.log(accepted / (self._tested_by_confidence + PRIOR_DRAFTS))[confidence]
 
     @property
     def acceptance(self) -> float:

@@ -9,15 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from vllm_ssd.channel import RoundOutcome, Sampling
+from vllm_ssd.draft import likelihood
 from vllm_ssd.draft.blocks import BlockPool
 from vllm_ssd.draft.branches import BranchGroup, private_block_count
+from vllm_ssd.draft.measured import OutcomeStatistics
 from vllm_ssd.draft.rows import Candidates, Place
 
+BoolArray = npt.NDArray[np.bool_]
+FloatArray = npt.NDArray[np.floating[Any]]
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
 
@@ -208,52 +213,60 @@ class DraftRequest:
         """Whether the branch that the target waits for is still to be forked, and can be."""
         return self.awaited is not None and not self.groups and not self.num_uncomputed
 
-    def outcomes(self, acceptance: float) -> dict[int, Candidates]:
-        """What may end this round, for each accepted length that has no branches yet: [num_candidates].
+    def confidences(self, num_accepted: int) -> Float32Array:
+        """[at most num_accepted + 1] the draft's log-probability of each sent draft that was tested."""
+        num_known = min(num_accepted + 1, self.num_sent, len(self.candidates))
+        if not num_known:
+            return np.empty(0, dtype=np.float32)
+        known = self._known(num_known)
+        return likelihood.of_drafts(known.log_probs, self._is_draft(known))
 
-        Likeliest first. The log-probabilities are those of the whole outcome: that the first k drafts are
-        accepted, and this token comes next. Where drafts foretell the target's tokens, the draft's own law
-        says how likely that is; where they are drawn, what the target accepted of late does. The draft that
-        was sent next is left out: had it been right, it would have been accepted.
+    def outcomes(self, statistics: OutcomeStatistics) -> tuple[dict[int, Candidates], FloatArray]:
+        """What may end this round, likeliest first; log-probabilities are those of the whole outcome.
 
         Args:
-            acceptance: of drawn drafts, per token.
-        """
-        outcomes: dict[int, Candidates] = {}
-        reached = np.float32(0.0)
-        for k in sorted(self.candidates):
-            others = self._without_sent(k)
-            ends_here = np.log1p(-acceptance) if self.is_drawn and k < self.num_sent else 0.0
-            if k not in self._forked:
-                outcomes[k] = Candidates(others.tokens, others.log_probs + (reached + np.float32(ends_here)))
-            reached += self._log_prob_accepted(k, acceptance)
-        return outcomes
+            statistics: of rounds like this one.
 
-    def outcomes_not_known_yet(self, acceptance: float) -> Float32Array:
-        """[num_candidates] log-probabilities, falling, of outcomes at greater lengths than known; or none.
-
-        There are some after a hit on a branch whose tip has not been computed. They are guessed to be as
-        sharp as what follows the last length that is known.
+        Returns:
+            For each accepted length that has no branches yet: [num_candidates]. The draft that was sent next
+            is left out: had it been right, it would have been accepted.
+            [num_candidates] log-probabilities at lengths not known yet; or none. There are some after a hit
+            on a branch whose tip has not been computed. They are guessed to be as sharp as what follows the
+            last length that is known.
         """
-        last = max(self.candidates)
+        known = self._known(len(self.candidates))
+        is_draft, last = self._is_draft(known), len(known.tokens) - 1
+        log_probs, reached = likelihood.of_outcomes(
+            known.log_probs, is_draft, statistics, last_is_drawn=self.is_drawn and last >= self.num_sent
+        )
+        others = ~is_draft
+        others[self.num_sent :] = True
+        outcomes = {
+            k: Candidates(known.tokens[k, others[k]], log_probs[k, others[k]])
+            for k in range(last + 1)
+            if k not in self._forked
+        }
         if last >= self.num_sent:
-            return np.empty(0, dtype=np.float32)
-        reached = sum(self._log_prob_accepted(k, acceptance) for k in self.candidates)
-        return self.candidates[last].log_probs + np.float32(reached)
+            return outcomes, np.empty(0)
+        before = reached[last - 1] if last else 0.0
+        return outcomes, -np.sort(-log_probs[last]) + (reached[last] - before)
 
-    def _log_prob_accepted(self, k: int, acceptance: float) -> np.float32:
-        """Of the k-th sent draft, if those before it are."""
-        return np.float32(np.log(acceptance)) if self.is_drawn else self._log_prob_of_sent(k)
+    def _known(self, n: int) -> Candidates:
+        """[n, num_candidates], after the first n accepted lengths."""
+        known = [self.candidates[k] for k in range(n)]
+        return Candidates(np.stack([row.tokens for row in known]), np.stack([row.log_probs for row in known]))
+
+    def _is_draft(self, known: Candidates) -> BoolArray:
+        """[n, num_candidates] which candidates were sent, or would have been as the likeliest."""
+        drafts = known.tokens[:, 0].copy()
+        sent = self.tokens[self.num_confirmed :][: len(drafts)]
+        drafts[: len(sent)] = sent
+        return known.tokens == drafts[:, None]
 
     def _without_sent(self, k: int) -> Candidates:
         candidates = self.candidates[k]
         others = candidates.tokens != self._sent(k)
         return Candidates(candidates.tokens[others], candidates.log_probs[others])
-
-    def _log_prob_of_sent(self, k: int) -> np.float32:
-        candidates = self.candidates[k]
-        of_sent = candidates.log_probs[candidates.tokens == self._sent(k)]
-        return of_sent[0] if len(of_sent) else candidates.log_probs[-1]
 
     def _sent(self, k: int) -> int:
         """The draft at the k-th place, if there is one."""

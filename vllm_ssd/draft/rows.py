@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -59,7 +59,7 @@ class Candidates:
     """The likeliest next tokens at L positions, most likely first; in coupled rows with the noise added."""
 
     tokens: Int64Array  # [L, num_candidates]
-    log_probs: Float32Array  # [L, num_candidates], natural logarithms
+    log_probs: npt.NDArray[np.floating[Any]]  # [L, num_candidates], natural logarithms
 
     def __getitem__(self, row: int) -> Candidates:
         return Candidates(self.tokens[row], self.log_probs[row])

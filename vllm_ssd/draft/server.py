@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +43,7 @@ from vllm_ssd.outcome import OutcomeCache
 IDLE_POLL_MS = 200
 SPIN_SECONDS = 0.02  # after work, before the draft's core may sleep: with cold caches steps are slow
 
+FloatArray = npt.NDArray[np.floating[Any]]
 Int64Array = npt.NDArray[np.int64]
 
 logger = logging.getLogger("vllm.ssd")
@@ -196,9 +197,9 @@ class DraftServer:
         if request is None:
             return
         statistics, k, token = self._statistics(request), len(missed.tokens) - 1, missed.tokens[-1]
-        num_sent, rank = request.num_sent, request.rank(k, token)
+        learnt = k, request.num_sent, request.rank(k, token), request.confidences(k)
         if request.await_drafts(missed.tokens, missed.num_drafts):
-            statistics.add(k, num_sent, rank)
+            statistics.add(*learnt)
             self._cache.close_branches(missed.slot)
             self._starved.clear()
 
@@ -208,7 +209,8 @@ class DraftServer:
             return
         if request.awaited is None:  # else it was counted then
             k, token = len(outcome.tokens) - 1, outcome.tokens[-1]
-            self._statistics(request).add(k, request.num_sent, request.rank(k, token))
+            rank, confidences = request.rank(k, token), request.confidences(k)
+            self._statistics(request).add(k, request.num_sent, rank, confidences)
         adopted = request.settle(outcome)
         if adopted is not None:
             self._counters.add("adopted")
@@ -292,8 +294,8 @@ class DraftServer:
     def _choose_branches(self, request: DraftRequest, budget: int) -> dict[int, list[int]]:
         """The tokens to fork at each accepted length of the request that has no branches yet."""
         statistics = self._statistics(request)
-        outcomes = request.outcomes(statistics.acceptance)
-        counts = self._fan_out(request, statistics, outcomes, budget)
+        outcomes, not_known_yet = request.outcomes(statistics)
+        counts = self._fan_out(request, statistics, outcomes, not_known_yet, budget)
         # What is measured may have changed since this round's first fork.
         left = self._configure.branch_budget - request.num_entries
         branches = {}
@@ -307,13 +309,14 @@ class DraftServer:
         request: DraftRequest,
         statistics: OutcomeStatistics,
         outcomes: dict[int, Candidates],
+        not_known_yet: FloatArray,
         budget: int,
     ) -> dict[int, int]:
         """Branches for each accepted length in `outcomes`."""
         fan_out = uniform_fanout(request.num_sent, budget)
         if self._configure.fanout == "global":
             log_probs = [candidates.log_probs for candidates in outcomes.values()]
-            log_probs.append(request.outcomes_not_known_yet(statistics.acceptance))  # they keep their share
+            log_probs.append(not_known_yet)  # they keep their share
             counts = global_fanout(log_probs, max(0, budget - request.num_entries))
             return dict(zip(outcomes, counts[:-1], strict=True))
         if self._configure.fanout == "geometric":

@@ -1,0 +1,83 @@
+"""How likely outcomes are, by the draft's law and by what the target accepted."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_ssd.draft import likelihood
+from vllm_ssd.draft.measured import OutcomeStatistics
+
+NUM_CANDIDATES = 4
+
+
+def laws(seed: int, n: int) -> tuple[likelihood.FloatArray, likelihood.BoolArray]:
+    """[n, 4] log-probabilities, falling, and which candidate the draft is."""
+    rng = np.random.default_rng(seed)
+    log_probs = -np.sort(-np.log(rng.dirichlet([0.5] * NUM_CANDIDATES, size=n)), axis=1).astype(np.float32)
+    return log_probs, rng.integers(NUM_CANDIDATES, size=n)[:, None] == np.arange(NUM_CANDIDATES)
+
+
+def after(rounds: int, log_prob: float, accepted: float) -> OutcomeStatistics:
+    """Of rounds whose one draft the draft gave this log-probability, and the target took that often."""
+    rng = np.random.default_rng(0)
+    statistics = OutcomeStatistics(4)
+    for _ in range(rounds):
+        statistics.add(int(rng.random() < accepted), 1, None, np.array([log_prob]))
+    return statistics
+
+
+@given(seed=st.integers(0, 10_000), n=st.integers(1, 6), rounds=st.integers(0, 40))
+def test_outcomes_share_out_what_is_reached(seed: int, n: int, rounds: int) -> None:
+    log_probs, is_draft = laws(seed, n)
+    outcomes, reached = likelihood.of_outcomes(
+        log_probs, is_draft, after(rounds, -0.8, 0.7), last_is_drawn=False
+    )
+    assert np.exp(outcomes).sum(axis=1) == pytest.approx(np.exp([0.0, *reached[:-1]]), abs=1e-3)
+    assert outcomes[is_draft] == pytest.approx(reached, abs=1e-3)
+
+
+@pytest.mark.parametrize("accepted", [0.2, 0.95])
+def test_a_draft_is_as_likely_as_such_drafts_were_accepted(accepted: float) -> None:
+    log_probs = np.log(np.array([[0.4, 0.3, 0.2, 0.1]], dtype=np.float32))
+    is_draft = np.array([[True, False, False, False]])
+    statistics = after(500, float(log_probs[0, 0]), accepted)
+    outcomes, reached = likelihood.of_outcomes(log_probs, is_draft, statistics, last_is_drawn=False)
+    assert np.exp(reached[0]) == pytest.approx(accepted, abs=0.05)
+    assert np.exp(outcomes[0, 0]) == pytest.approx(accepted, abs=0.05)
+    rest = np.exp(outcomes[0, 1:])
+    assert rest / rest.sum() == pytest.approx([3 / 6, 2 / 6, 1 / 6], abs=1e-4)
+
+
+def test_drafts_of_another_confidence_say_nothing() -> None:
+    never, untaught = after(500, -0.8, 0.0), OutcomeStatistics(4)
+    elsewhere = np.array([-4.0, -0.1, 0.0])
+    assert never.log_acceptance(elsewhere) == pytest.approx(untaught.log_acceptance(elsewhere))
+    assert never.log_acceptance(np.array([-0.8]))[0] < untaught.log_acceptance(np.array([-0.8]))[0] - 1
+
+
+def test_what_follows_all_drawn_drafts_is_left_to_the_law() -> None:
+    log_probs, is_draft = laws(3, 2)
+    statistics = after(100, -0.8, 0.5)
+    outcomes, reached = likelihood.of_outcomes(log_probs, is_draft, statistics, last_is_drawn=True)
+    assert outcomes[1] == pytest.approx(log_probs[1] + reached[0], abs=1e-5)
+
+
+def test_a_draft_that_is_no_candidate_counts_as_the_least() -> None:
+    log_probs, is_draft = laws(4, 2)
+    is_draft[1] = False
+    assert likelihood.of_drafts(log_probs, is_draft).tolist() == [
+        log_probs[0, is_draft[0]].item(),
+        log_probs[1, -1],
+    ]
+
+
+def test_a_draft_that_is_certain_leaves_a_little() -> None:
+    log_probs = np.array([[0.0, -30.0]], dtype=np.float32)
+    outcomes, _ = likelihood.of_outcomes(
+        log_probs, np.array([[True, False]]), OutcomeStatistics(4), last_is_drawn=False
+    )
+    assert np.isfinite(outcomes).all()
+    assert outcomes[0, 0] > outcomes[0, 1]
