@@ -17,7 +17,7 @@ from vllm_ssd.draft.measured import OutcomeStatistics
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.floating[Any]]
 
-MOST_CERTAIN = -1e-5  # log-probability: something is always left to share out
+MOST_CERTAIN = -1e-6  # log-probability: something is always left to share out
 
 
 def of_drafts(log_probs: FloatArray, is_draft: BoolArray) -> FloatArray:
@@ -47,7 +47,7 @@ def of_outcomes(
     """
     drafts = of_drafts(log_probs, is_draft)
     accepted = statistics.log_acceptance(drafts)
-    left = np.log1p(-np.exp(accepted)) - np.log1p(-np.exp(np.minimum(drafts, MOST_CERTAIN)))
+    left = np.log(-np.expm1(accepted)) - np.log(-np.expm1(np.minimum(drafts, MOST_CERTAIN)))
     outcomes = np.where(is_draft, accepted[:, None], log_probs + left[:, None])
     if last_is_drawn:
         outcomes[-1] = log_probs[-1]

@@ -20,9 +20,13 @@ PRIOR_ROUNDS = 16
 PRIOR_ACCEPTANCE = 0.8
 PRIOR_MISS = 0.3  # by the likeliest candidate alone
 LEAST_EXPONENT, GREATEST_EXPONENT = 0.1, 4.0
-# Between these log-probabilities drafts count together ("histogram binning").
-CONFIDENCE_EDGES = np.array([-3.0, -2.0, -1.5, -1.0, -0.7, -0.4, -0.2, -0.05, -0.01])
-PRIOR_CONFIDENCE = np.exp([-4.0, -2.5, -1.75, -1.25, -0.85, -0.55, -0.3, -0.12, -0.03, -0.005])
+# Drafts with -log p between two of these count together ("histogram binning"): closer where the draft is
+# certain, since the few that it is wrong about there must not be laid to those that it is sure of.
+CONFIDENCE_EDGES = np.array(
+    [3, 2, 1.5, 1, 0.7, 0.4, 0.2, 0.1, 0.05, 0.02, 0.01, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 1e-6]
+)
+_bounds = np.array([6, *CONFIDENCE_EDGES, 1e-8])
+PRIOR_CONFIDENCE = np.exp(-np.sqrt(_bounds[:-1] * _bounds[1:]))  # what the draft itself says
 PRIOR_DRAFTS = 4  # of each confidence
 NOTHING_KNOWN = np.empty(0)
 
@@ -61,7 +65,7 @@ class OutcomeStatistics:
         if 0 < num_sent >= num_accepted:  # else nothing was tested, or drafts of before a restart
             self._accepted = FADING * self._accepted + num_accepted
             self._tested = FADING * self._tested + min(num_accepted + 1, num_sent)
-            confidence = np.searchsorted(CONFIDENCE_EDGES, log_probs)
+            confidence = np.searchsorted(-CONFIDENCE_EDGES, log_probs)
             self._tested_by_confidence *= FADING
             self._accepted_by_confidence *= FADING
             np.add.at(self._tested_by_confidence, confidence, 1)
@@ -72,7 +76,7 @@ class OutcomeStatistics:
 
     def log_acceptance(self, log_probs: FloatArray) -> FloatArray:
         """[n] log-probability that drafts to which the draft gives `log_probs` [n] are accepted."""
-        confidence = np.searchsorted(CONFIDENCE_EDGES, log_probs)
+        confidence = np.searchsorted(-CONFIDENCE_EDGES, log_probs)
         accepted = self._accepted_by_confidence + PRIOR_DRAFTS * PRIOR_CONFIDENCE
         return np.log(accepted / (self._tested_by_confidence + PRIOR_DRAFTS))[confidence]
 
