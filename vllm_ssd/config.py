@@ -47,7 +47,7 @@ _BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 _bound: str | None = None  # what an engine of this process has set that to
 
 # Of the target's kinds of parallelism, those that SSD does not know.
-_ONE_OF_EACH = ("pipeline_parallel_size", "data_parallel_size", "prefill_context_parallel_size")
+_ONE_OF_EACH = ("data_parallel_size", "prefill_context_parallel_size")
 
 
 @config
@@ -152,14 +152,20 @@ def create_ssd_config(engine_args: Any, target_model_config: Any, target_paralle
         raise ValueError(f"method 'ssd' brings its own worker; remove worker_cls={worker!r}")
     if current_platform.is_cpu():
         target_parallel_config.worker_cls = "vllm_ssd.worker_cpu.SSDWorker"
-        engine_args.async_scheduling = False  # the V1 runner hands async drafters an empty list of tokens
         _leave_cores_to_draft(ssd.draft_cores, target_parallel_config.local_world_size)
         _warn_of_shared_cores(ssd.draft_cores)
     else:
         target_parallel_config.worker_cls = "vllm_ssd.worker_cuda.SSDWorker"
-        if ssd.ssd_planner:
-            _schedule_what_is_planned(engine_args)
+    if not _on_v2_runner():
+        engine_args.async_scheduling = False  # the V1 runner hands async drafters an empty list of tokens
+    elif ssd.ssd_planner:
+        _schedule_what_is_planned(engine_args)
     return ssd
+
+
+def _on_v2_runner() -> bool:
+    """On CUDA the worker refuses the other; on the CPU vLLM has to be told to use it."""
+    return not current_platform.is_cpu() or bool(envs.VLLM_USE_V2_MODEL_RUNNER)
 
 
 def _merged_options(engine_args: Any) -> dict[str, Any]:
@@ -255,7 +261,12 @@ def _check_platform(ssd: SSDSpeculativeConfig) -> None:
     for name in _ONE_OF_EACH:
         if getattr(parallel, name) != 1:
             raise ValueError(f"this version of method 'ssd' needs {name}=1, not {getattr(parallel, name)}")
-    if parallel.tensor_parallel_size > 1 and parallel.distributed_executor_backend == "external_launcher":
+    if parallel.pipeline_parallel_size > 1 and not _on_v2_runner():
+        raise ValueError(
+            "pipeline_parallel_size needs vLLM's V2 model runner; on the CPU its V1 runner fails with it, even "
+            "without speculation"
+        )
+    if parallel.world_size > 1 and parallel.distributed_executor_backend == "external_launcher":
         # There each rank has a scheduler of its own, which would not hear of the leader's drafts.
         raise ValueError("method 'ssd' with several ranks needs distributed_executor_backend 'mp' or 'ray'")
 

@@ -297,7 +297,7 @@ class SSDRejectionSampler(RejectionSampler):
 class SSDModelRunnerV2(GPUModelRunner):
     """vLLM's runner, with the proposer told of requests and asked for drafts."""
 
-    speculator: SSDSpeculator
+    speculator: SSDSpeculator | None  # None where a later stage of the pipeline samples
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         with compat.speculator_class(SSDSpeculator):
@@ -305,33 +305,40 @@ class SSDModelRunnerV2(GPUModelRunner):
 
     def connect(self, proposer: Proposer, link: DraftLink, counters: Counters) -> None:
         """Give the runner its half of the rounds; before the first request."""
+        assert self.speculator is not None  # who leads samples
         self.speculator.connect(proposer, link, counters)
 
     def close(self) -> None:
         """End what runs beside the runner."""
+        assert self.speculator is not None
         self.speculator.close()
 
     def token_history(self, request_id: str) -> list[int]:
         """The request's tokens so far, prompt and output."""
+        assert self.speculator is not None
         return self.speculator.history(request_id)
 
     def time_step(self, num_tokens: int) -> None:
         """One step over so many tokens that belong to nobody, to be timed: forward and logits."""
         _, hidden_states = self._dummy_run(num_tokens)
-        self.model.compute_logits(hidden_states)
+        if self.is_last_pp_rank:
+            self.model.compute_logits(hidden_states)
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the target, then put our verifier before vLLM's."""
         super().load_model(*args, **kwargs)
-        self.rejection_sampler = SSDRejectionSampler(
-            self, self.speculator, self.speculative_config, self.device
-        )
+        if self.speculator is not None:
+            self.rejection_sampler = SSDRejectionSampler(
+                self, self.speculator, self.speculative_config, self.device
+            )
 
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
         """Let requests into the batch, and tell the draft of them."""
         super().add_requests(scheduler_output)
+        if self.speculator is None:
+            return
         for request in scheduler_output.scheduled_new_reqs:
             slot = self.req_states.req_id_to_index[request.req_id]
             self.speculator.add(request, slot, int(self.sampler.sampling_states.seeds.np[slot]))
@@ -340,14 +347,16 @@ class SSDModelRunnerV2(GPUModelRunner):
         self, hidden_states: Tensor, input_batch: InputBatch, grammar_output: GrammarOutput | None
     ) -> tuple[SamplerOutput, Tensor, Tensor]:
         """Sample and verify; for ratio verification the drafts' laws come first."""
+        assert self.speculator is not None
         if self.speculator.draft_logits is not None and input_batch.num_draft_tokens:
             self.speculator.load_laws(input_batch, self.sampler.sampling_states.temperature.np)
         return super().sample(hidden_states, input_batch, grammar_output)
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         """The drafts that there really are: a scheduler that waits for them schedules no filling."""
-        return self.speculator.proposed()
+        return None if self.speculator is None else self.speculator.proposed()
 
     def _remove_request(self, req_id: str) -> bool:
-        self.speculator.remove(req_id)
+        if self.speculator is not None:
+            self.speculator.remove(req_id)
         return super()._remove_request(req_id)

@@ -83,9 +83,11 @@ class DraftHost:
             scheduler = self.vllm_config.scheduler_config
             batch = min(8, scheduler.max_num_seqs)
             most_tokens = min((ssd.num_speculative_tokens + 1) * batch, scheduler.max_num_batched_tokens)
-            target_times = measure_line(self.model_runner.time_step, 1, most_tokens)  # on all ranks at once
+            times = measure_line(self.model_runner.time_step, 1, most_tokens)  # on all ranks at once
             if self._draft is not None:
-                self._draft.plan_rounds(target_times)
+                # Each stage of a pipeline steps by itself here; a round passes through all of them.
+                stages = self.vllm_config.parallel_config.pipeline_parallel_size
+                self._draft.plan_rounds((stages * times[0], stages * times[1]))
         return warmed_up
 
     def shutdown(self) -> None:

@@ -176,9 +176,20 @@ def test_ratio_where_stores_may_change_their_order(pair: Pair, monkeypatch: pyte
     create(pair)
 
 
-@pytest.mark.parametrize("option", ["pipeline_parallel_size", "data_parallel_size"])
-def test_kinds_of_parallel_targets_that_are_not_known(pair: Pair, option: str) -> None:
-    assert_one_line(refusal(pair, {option: 2, "distributed_executor_backend": "mp"}), f"{option}=1", "2")
+def test_kinds_of_parallel_targets_that_are_not_known(pair: Pair) -> None:
+    engine = {"data_parallel_size": 2, "distributed_executor_backend": "mp"}
+    assert_one_line(refusal(pair, engine), "data_parallel_size=1", "2")
+
+
+def test_a_pipeline_needs_the_v2_runner(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_ssd.config import _check_platform
+
+    engine = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
+    assert_one_line(refusal(pair, engine), "pipeline_parallel_size", "V2 model runner")
+    config = create(pair)
+    config.parallel_config.pipeline_parallel_size = 2
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    _check_platform(config.speculative_config)
 
 
 def test_sleep_mode_and_wide_noise(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

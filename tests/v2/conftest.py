@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,8 +32,15 @@ def engines() -> Iterator[Engines]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def runs_ahead() -> None:
-    """The CPU platform schedules synchronously, where look-ups would all be on the host."""
-    from vllm_ssd import runner_v2
+def schedules_ahead() -> None:
+    """As on CUDA; the CPU platform would have the scheduler wait for each step."""
+    from vllm.platforms.cpu import CpuPlatform
 
-    runner_v2._runs_ahead = lambda vllm_config: True
+    stock = CpuPlatform.check_and_update_config
+
+    def check_and_update_config(vllm_config: Any) -> None:
+        is_async = vllm_config.scheduler_config.async_scheduling
+        stock(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = is_async
+
+    CpuPlatform.check_and_update_config = staticmethod(check_and_update_config)  # type: ignore[method-assign]

@@ -124,7 +124,7 @@ def test_greedy_and_seeded_tokens_are_those_without_speculation(
         assert in_batches(llm, mixed_prompts(), seeded_params(40)) == seeded_reference
     counted = stats(llm)
     assert 0 < counted["hits"] < counted["lookups"]
-    assert is_deferred(llm) == (not options or "ssd_planner" in options)
+    assert is_deferred(llm) == (not options)  # what is planned is scheduled synchronously
     assert metric(llm, "vllm:num_preemptions") > 0
     assert metric(llm, "vllm:spec_decode_num_accepted_tokens") > 0
     let_finished_go(llm)
@@ -221,21 +221,6 @@ def test_seams_of_the_runner_are_put_back_and_fail_loudly(monkeypatch: pytest.Mo
         pass
 
 
-def schedule_k_drafts(worker: Any) -> None:
-    """As asynchronous scheduling does, which the CPU does not allow: K for every row, known or not."""
-    from vllm.v1.outputs import DraftTokenIds
-
-    runner = worker.model_runner
-    k, names, stock = runner.num_speculative_steps, [], runner.speculator.propose
-
-    def propose(input_batch: Any, *args: Any, **kwargs: Any) -> Any:
-        names[:] = input_batch.req_ids
-        return stock(input_batch, *args, **kwargs)
-
-    runner.speculator.propose = propose
-    runner.take_draft_token_ids = lambda: DraftTokenIds(list(names), [[-1] * k for _ in names])
-
-
 def watch_histories(worker: Any) -> None:
     """Keep what the speculator took each request's tokens to be."""
     speculator = worker.model_runner.speculator
@@ -266,7 +251,6 @@ def test_filled_up_rows(
         runner_v2, "longest_agreement", lambda *args: verified.append(_num_drafts(*args)) or _agreement(*args)
     )
     llm = engines.get(pair[0], ssd(pair[1], 3, ssd_verify=verify), **few_blocks())
-    in_worker(llm, schedule_k_drafts)
     in_worker(llm, watch_histories)
     prompts = mixed_prompts()[:16]
     outputs = in_batches(llm, prompts, greedy_params(NUM_TOKENS))
@@ -300,7 +284,6 @@ def model(small_vocabulary_pair: Pair) -> LlamaForCausalLM:
 def test_ratio_is_exact(engines: Engines, small_vocabulary_pair: Pair, model: LlamaForCausalLM) -> None:
     """With rows that are filled up."""
     llm = small_engine(engines, small_vocabulary_pair)
-    in_worker(llm, schedule_k_drafts)
     assert_exact(model, llm, [Law(0.7), Law(1.2)], NUM_SAMPLES)
     counted = stats(llm)
     print(counted)

@@ -1,4 +1,4 @@
-"""A target on two ranks under vLLM's V2 runner: the leader's drafts and their laws reach the other rank."""
+"""A target on two ranks under vLLM's V2 runner: the leader's drafts, and their laws, get where they must."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ pytestmark = [
 
 Pair = tuple[Path, Path]
 
-RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "max_num_seqs": 4}
+BOTH = {"distributed_executor_backend": "mp", "max_num_seqs": 4}
+SIDE_BY_SIDE = {"tensor_parallel_size": 2, **BOTH}
+ONE_AFTER_THE_OTHER = {"pipeline_parallel_size": 2, **BOTH}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,14 +59,25 @@ def tokens_in_slots(worker: Any) -> list[list[int]]:
     return [row[:length].tolist() for row, length in zip(states.all_token_ids.gpu, lengths, strict=True)]
 
 
-@pytest.fixture(scope="module")
-def undrafted(engines: Engines, pair: Pair) -> tuple[list[list[int]], list[list[int]]]:
-    llm = engines.get(pair[0], **RANKS)
+def undrafted(engines: Engines, pair: Pair, ranks: dict[str, Any]) -> tuple[list[list[int]], list[list[int]]]:
+    """Greedy and seeded tokens without speculation."""
+    llm = engines.get(pair[0], **ranks)
     return generate(llm, prompts(), greedy_params(12)), generate(llm, prompts(), seeded())
 
 
-def is_deferred(worker: Any) -> bool:
-    return worker.model_runner.speculator._deferred is not None
+@pytest.fixture(scope="module")
+def undrafted_side_by_side(engines: Engines, pair: Pair) -> tuple[list[list[int]], list[list[int]]]:
+    return undrafted(engines, pair, SIDE_BY_SIDE)
+
+
+@pytest.fixture(scope="module")
+def undrafted_one_after_the_other(engines: Engines, pair: Pair) -> tuple[list[list[int]], list[list[int]]]:
+    return undrafted(engines, pair, ONE_AFTER_THE_OTHER)
+
+
+def is_deferred(worker: Any) -> bool | None:
+    speculator = worker.model_runner.speculator
+    return None if speculator is None else speculator._deferred is not None
 
 
 @pytest.mark.parametrize(
@@ -72,14 +85,14 @@ def is_deferred(worker: Any) -> bool:
     [{}, {"ssd_fallback": "ngram"}, {"ssd_verify": "ratio", "ssd_fallback": "ngram"}],
     ids=["deferred", "ngram", "ratio"],
 )
-def test_two_ranks_verify_the_same(
+def test_both_of_a_tensor_parallel_target_verify_the_same(
     engines: Engines,
     pair: Pair,
-    undrafted: tuple[list[list[int]], list[list[int]]],
+    undrafted_side_by_side: tuple[list[list[int]], list[list[int]]],
     options: dict[str, Any],
 ) -> None:
-    greedy, sampled = undrafted
-    llm = engines.get(pair[0], ssd(pair[1], 3, **options), **RANKS)
+    greedy, sampled = undrafted_side_by_side
+    llm = engines.get(pair[0], ssd(pair[1], 3, **options), **SIDE_BY_SIDE)
     assert llm.collective_rpc(is_deferred) == [not options, False]
     assert generate(llm, prompts(), greedy_params(12)) == greedy
     found = generate(llm, prompts(), seeded())
@@ -89,3 +102,25 @@ def test_two_ranks_verify_the_same(
     assert first == second
     assert any(first)
     assert stats(llm)["hits"] > 0
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"ssd_verify": "ratio", "ssd_fallback": "ngram"}], ids=["deferred", "ratio"]
+)
+def test_the_first_stage_of_a_pipeline_embeds_what_the_last_verifies(
+    engines: Engines,
+    pair: Pair,
+    undrafted_one_after_the_other: tuple[list[list[int]], list[list[int]]],
+    options: dict[str, Any],
+) -> None:
+    """Had it embedded other tokens, the drafts after them would be rejected."""
+    greedy, sampled = undrafted_one_after_the_other
+    llm = engines.get(pair[0], ssd(pair[1], 3, **options), **ONE_AFTER_THE_OTHER)
+    assert llm.collective_rpc(is_deferred) == [None, not options]
+    assert generate(llm, prompts(), greedy_params(12)) == greedy
+    found = generate(llm, prompts(), seeded())
+    if "ssd_verify" not in options:
+        assert found == sampled
+    counted = llm.collective_rpc("ssd_stats")[1]
+    print(counted)
+    assert counted["hits_k3"] > 0
