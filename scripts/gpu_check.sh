@@ -66,7 +66,7 @@ run_tests() { # NAME SECONDS PYTEST_ARGUMENTS...
 if [[ $NAME == gpu_check_runner ]]; then
   run_tests runner 560 tests/v2/test_v2_runner.py
 else
-  run_tests deferred 90 tests/v2/test_deferred.py
+  run_tests deferred 90 tests/v2/test_outcome_gpu.py tests/v2/test_deferred.py
   run_tests kernels 150 tests/v2/test_kernels.py
   run_tests draft 120 tests/v2/test_draft_on_device.py
   run_tests engines 150 tests/v2/test_v2_runner.py -k "speculation[2] or grammars"

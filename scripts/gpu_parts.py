@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -120,6 +121,7 @@ def kernels(sizes: Sizes) -> list[dict[str, Any]]:
     from vllm_ssd.kernels.fork import ForkCopy, fork_copy_reference
     from vllm_ssd.kernels.lookup import look_up, look_up_reference
     from vllm_ssd.kernels.noise import perturb, perturb_reference
+    from vllm_ssd.kernels.publish import publish, publish_reference
     from vllm_ssd.kernels.select import select_branches, select_branches_reference
     from vllm_ssd.outcome import FIRST_DRAFT
 
@@ -137,6 +139,12 @@ def kernels(sizes: Sizes) -> list[dict[str, Any]]:
         states[2],
         torch.empty(rows, k, dtype=torch.int64, device=DEVICE),
         torch.empty(rows, dtype=torch.int32, device=DEVICE),
+    )
+    published = (  # the first draft of one branch of each row
+        torch.zeros_like(entries),
+        torch.arange(rows, device=DEVICE) * branches,
+        torch.zeros(rows, dtype=torch.int64, device=DEVICE),
+        states[2],
     )
     logits = torch.randn(64, sizes.vocab, device=DEVICE, dtype=torch.bfloat16)
     sampled = (
@@ -161,6 +169,13 @@ def kernels(sizes: Sizes) -> list[dict[str, Any]]:
             lambda: (states[1].fill_(1), look_up(*outcome)),
             lambda: (states[1].fill_(1), look_up_reference(*outcome)),
             rows * (branches * 4 + k) * 8,
+        ),
+        (
+            "publish",
+            f"{rows} rows",
+            lambda: (published[2].zero_(), publish(*published)),
+            lambda: (published[2].zero_(), publish_reference(*published)),
+            rows * 6 * 8,
         ),
         (
             "perturb",
@@ -262,11 +277,14 @@ def draft_one(
     sizes: Sizes, scratch: Path, dry: bool, name: str, shape: str, mode: str
 ) -> list[dict[str, Any]]:
     """Of one draft."""
+    import torch
     from device import DEVICE
 
     import vllm_ssd
     from vllm_ssd.channel import Configure
     from vllm_ssd.draft.engine import DraftEngine
+    from vllm_ssd.kernels.publish import publish
+    from vllm_ssd.outcome import FIRST_DRAFT
 
     vllm_ssd.register()
     folder = scratch / "rendezvous"
@@ -300,6 +318,9 @@ def draft_one(
             saguaro_c=1.0,
         )
     )
+    if DEVICE == "cuda":  # as for a target there
+        entries = torch.zeros(1, most, FIRST_DRAFT + DRAFT_STEPS, dtype=torch.int64, device=DEVICE)
+        engine.publish_by(partial(publish, entries))
     engine.warm_up(most)
     if engine.has_graphs != (mode == "captured"):
         raise RuntimeError(f"{mode}: the engine's steps are not so")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -25,7 +26,7 @@ from vllm_ssd.channel import (
     Stop,
 )
 from vllm_ssd.counters import DRAFT_FIELDS, Counters
-from vllm_ssd.draft.server import DraftServer, Engine
+from vllm_ssd.draft.server import BranchTable, DraftServer, Engine
 from vllm_ssd.draft_laws import DraftLaws
 from vllm_ssd.outcome import ACCEPTED, DEPTH, EPOCH, FIRST_DRAFT, ROUND, TOKEN, Outcome, OutcomeCache
 
@@ -113,6 +114,7 @@ class Target:
         engine: Engine | None = None,
         oracle: Oracle | None = None,
         draws: bool = False,
+        table: Callable[[OutcomeCache], BranchTable] = lambda cache: cache,  # the draft's end of it
     ) -> None:
         self.setup = setup
         self._folder = tempfile.TemporaryDirectory()
@@ -126,7 +128,7 @@ class Target:
             setup.configure(path),
             self.engine,
             None,  # type: ignore[arg-type]  # the tests call `handle` themselves
-            self.cache,
+            table(self.cache),
             self.counters,
             self.laws if draws else None,
         )
@@ -249,6 +251,23 @@ class Target:
             self.stop(slot)
         assert not self.server.step()
         assert self.num_free_blocks == self.engine.num_blocks
+
+
+def long_run(target: Target, rng: random.Random, turns: int) -> None:
+    """Requests come, share prefixes and go; all that is published meanwhile is checked."""
+    prefix = prompt(rng, 60)
+    for turn in range(turns):
+        for slot in range(target.setup.max_slots):
+            if slot not in target.live and rng.random() < 0.3:
+                target.start(slot, prefix[: rng.randint(1, 60)] + prompt(rng, rng.randint(0, 30)))
+            elif slot in target.live and (rng.random() < 0.03 or len(target.live[slot].tokens) > 200):
+                target.stop(slot)
+        for _ in range(rng.randint(0, 5)):
+            target.step()
+        for slot in list(target.live):
+            if turn % 3 or rng.random() < 0.5:
+                target.decide_like(slot, rng)
+    target.finish()
 
 
 def prompt(rng: random.Random, length: int, vocab: int = VOCAB) -> list[int]:

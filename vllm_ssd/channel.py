@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 MAX_UNSENT_BYTES = 64 << 20  # beside what the system holds; a draft that far behind is as good as gone
 _READ_BYTES = 1 << 16
 _LENGTH = struct.Struct("<I")  # in bytes, before each message
@@ -31,6 +31,7 @@ class Configure(msgspec.Struct, frozen=True, kw_only=True):
     address: str  # where the target's worker listens: the path of a Unix socket
     shared_dir: str  # folder of the counters, which outlive a draft process
     table_dir: str  # folder of this draft process's outcome cache
+    gpu_table: bytes | None = None  # the handle of another, in the memory of the target's GPU
     model: str
     engine_args: dict[str, Any]  # further vllm.EngineArgs fields: dtype, max_model_len, ...
     device: str  # "cpu" or a GPU, such as "cuda:1"
@@ -118,6 +119,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True, array_like=True):
     block_size: int  # tokens
     step_base: float  # seconds of a step over no row, as measured
     step_per_row: float  # and of each further row
+    uses_gpu_table: bool = False  # and not the one in its folder
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True, array_like=True):

@@ -263,8 +263,8 @@ def _check_platform(ssd: SSDSpeculativeConfig) -> None:
             raise ValueError(f"this version of method 'ssd' needs {name}=1, not {getattr(parallel, name)}")
     if parallel.pipeline_parallel_size > 1 and not _on_v2_runner():
         raise ValueError(
-            "pipeline_parallel_size needs vLLM's V2 model runner; on the CPU its V1 runner fails with it, even "
-            "without speculation"
+            "pipeline_parallel_size needs vLLM's V2 model runner; "
+            "on the CPU its V1 runner fails with it, with or without speculation"
         )
     if parallel.world_size > 1 and parallel.distributed_executor_backend == "external_launcher":
         # There each rank has a scheduler of its own, which would not hear of the leader's drafts.

@@ -1,7 +1,7 @@
 """Rounds whose outcome the host does not wait for: looked up on the device, told to the draft afterwards.
 
 Where the model runner works ahead of its device (V2 on CUDA), waiting for an outcome would stop it in every
-round. So a kernel looks the outcomes up, in a table that the device reads in the host's memory, and the next
+round. So a kernel looks the outcomes up, in a table that the device reads by itself, and the next
 verification may begin at once. What came of it is copied to the host meanwhile, and a thread of its own, once
 the copy is there, does the bookkeeping and tells the draft: all that is in `proposer`.
 """
@@ -175,7 +175,9 @@ class DeferredRounds:
             self._epochs[slot], self._rounds[slot] = epoch, round_
 
     def _mapped(self, cache: OutcomeCache) -> Tensor | None:
-        """The table, as the device reads it: in the host's memory. None if it cannot."""
+        """The table, as the device reads it: in its own memory or the host's. None if it cannot."""
+        if cache.gpu_entries is not None:
+            return cache.gpu_entries
         entries = torch.from_numpy(cache.entries)
         if self._device.type == "cuda":
             from vllm.v1.kv_offload.cpu.host_register import host_register  # clears CUDA's error if it fails
@@ -190,7 +192,7 @@ class DeferredRounds:
 
     def _unmap(self) -> None:
         """Before its file is unmapped: what is mapped there next would be taken for registered."""
-        if self._entries is not None and self._device.type == "cuda":
+        if self._entries is not None and self._device.type == "cuda" and not self._entries.is_cuda:
             from vllm.v1.kv_offload.cpu.host_register import host_unregister
 
             host_unregister(self._entries.data_ptr())

@@ -13,12 +13,15 @@ like any other, and the draft then sees that another than its own was verified.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from vllm_ssd.shared import map_array
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -61,6 +64,7 @@ class OutcomeCache:
         self._path = shared_dir / TABLE_FILE
         self.entries: Int64Array = map_array(self._path, np.int64, shape, create=create)
         self.num_speculative_tokens = num_speculative_tokens
+        self.gpu_entries: Tensor | None = None  # if there, the draft publishes in these (`outcome_gpu`)
 
     def unlink(self) -> None:
         """Take the file's name away, once both halves have mapped it: it ends with the last of them."""

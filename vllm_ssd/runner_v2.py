@@ -52,9 +52,7 @@ class SSDSpeculator(BaseSpeculator):
         if ssd.ssd_verify == "ratio":
             shape = (self._max_num_reqs, self._most_drafts, vllm_config.model_config.get_vocab_size())
             self.draft_logits = torch.zeros(shape, dtype=torch.float32, device=device)
-        # What else there is to do for a row than looking its outcome up needs the host to know the outcome.
-        needs_outcome = ssd.ssd_verify == "ratio" or ssd.ssd_fallback != "none" or ssd.ssd_wait_ms > 0
-        self._can_defer = _runs_ahead(vllm_config) and not needs_outcome
+        self._can_defer = runs_ahead(vllm_config)
         self._deferred: DeferredRounds | None = None
         self._histories: dict[str, list[int]] = {}
         self._with_grammar: set[str] = set()
@@ -211,9 +209,12 @@ class SSDSpeculator(BaseSpeculator):
         return async_tensor_h2d(torch.tensor(values, dtype=dtype), device=self._device)
 
 
-def _runs_ahead(vllm_config: VllmConfig) -> bool:
+def runs_ahead(vllm_config: VllmConfig) -> bool:
     """Whether the next step begins before the host knows the outcome of this one."""
-    return bool(vllm_config.scheduler_config.async_scheduling)
+    ssd = vllm_config.speculative_config
+    # What else there is to do for a row than looking its outcome up needs the host to know the outcome.
+    needs_outcome = ssd.ssd_verify == "ratio" or ssd.ssd_fallback != "none" or ssd.ssd_wait_ms > 0
+    return bool(vllm_config.scheduler_config.async_scheduling) and not needs_outcome
 
 
 class SSDRejectionSampler(RejectionSampler):

@@ -20,10 +20,12 @@ from __future__ import annotations
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 
 import msgspec
+from torch import Tensor
 from vllm.logger import init_logger
 
 from vllm_ssd.channel import Channel, Configure, Failed, Ready, Reset, ToDraft
@@ -33,6 +35,8 @@ from vllm_ssd.launch import DraftProcess
 from vllm_ssd.outcome import OutcomeCache
 
 logger = init_logger("vllm.ssd")
+
+AllocateTable = Callable[[tuple[int, ...]], tuple[Tensor, bytes] | None]
 
 KILL_AFTER_STALLS = 15  # a draft silent for this many stall timeouts is killed and started again
 LONGEST_STEPS = (
@@ -67,6 +71,8 @@ class DraftSupervisor:
         ready_timeout_s: how long a draft may take to load.
         stall_timeout_s: how long a draft may leave messages unread; longer where its steps are.
         max_restarts: how often in a row a draft that died is started again.
+        allocate: makes a table in the memory of the target's GPU (`outcome_gpu.allocate_table`); None where
+            the host needs to read it.
     """
 
     def __init__(
@@ -76,14 +82,17 @@ class DraftSupervisor:
         ready_timeout_s: float,
         stall_timeout_s: float,
         max_restarts: int,
+        allocate: AllocateTable | None = None,
     ) -> None:
         self._configure = configure
         self._counters = counters
         self._ready_timeout_s = ready_timeout_s
         self._stall_timeout_s = self._patience_s = stall_timeout_s
         self._max_restarts = max_restarts
+        self._allocate = allocate
         shared_dir = Path(configure.shared_dir)
         self._draft_counters = Counters(shared_dir / DRAFT_COUNTERS_FILE, DRAFT_FIELDS, create=True)
+        self._gpu_entries: Tensor | None = None
         self._incarnation = 0
         self._num_deaths = 0  # in a row
         self._ready_since: float | None = None
@@ -183,15 +192,17 @@ class DraftSupervisor:
         self._table_dir = Path(self._configure.shared_dir) / f"draft-{self._incarnation}"
         self._table_dir.mkdir()
         address = str(self._table_dir / "socket")
-        self._configure = msgspec.structs.replace(
-            self._configure, address=address, table_dir=str(self._table_dir)
-        )
         self._cache: OutcomeCache | None = OutcomeCache(
             self._table_dir,
             self._configure.max_slots,
             self._configure.branch_budget,
             self._configure.num_speculative_tokens,
             create=True,
+        )
+        in_gpu = self._allocate(self._cache.entries.shape) if self._allocate is not None else None
+        self._gpu_entries, handle = in_gpu or (None, None)
+        self._configure = msgspec.structs.replace(
+            self._configure, address=address, table_dir=str(self._table_dir), gpu_table=handle
         )
         self._laws: DraftLaws | None = None if self._configure.is_coupled else self._make_laws()
         self._channel = Channel(address, bind=True, receives=Ready | Failed)
@@ -212,6 +223,8 @@ class DraftSupervisor:
         )
 
     def _become_ready(self, message: Ready) -> None:
+        assert self._cache is not None
+        self._cache.gpu_entries = self._gpu_entries if message.uses_gpu_table else None
         # Both have mapped them. Whatever kills whom from now on, no large file and no user's token is left.
         for table in (self._cache, self._laws):
             if table is not None:
@@ -321,7 +334,7 @@ class DraftSupervisor:
         self._channel.close()
         shutil.rmtree(self._table_dir, ignore_errors=True)
         self._counters.set("draft_alive", 0)
-        self._cache = self._laws = None  # memory that the next one's tables may need
+        self._cache = self._laws = self._gpu_entries = None  # memory that the next one's tables may need
 
 
 def _how_it_ended(exit_code: int) -> str:

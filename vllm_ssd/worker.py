@@ -36,7 +36,7 @@ from vllm_ssd.proposer import Proposer
 from vllm_ssd.ranks import leads
 from vllm_ssd.shared import SharedFolder
 from vllm_ssd.speed_model import StepTimes, measure_line
-from vllm_ssd.supervisor import DraftSupervisor
+from vllm_ssd.supervisor import AllocateTable, DraftSupervisor
 
 logger = init_logger("vllm.ssd")
 
@@ -56,10 +56,14 @@ class DraftHost:
     model_runner: Any
     _draft: TargetsDraft | None = None  # None on the ranks that follow (`ranks`)
 
-    def start_draft(self) -> None:
-        """Start the draft process on the rank that leads; nothing waits for it yet."""
+    def start_draft(self, allocate: AllocateTable | None = None) -> None:
+        """Start the draft process on the rank that leads; nothing waits for it yet.
+
+        Args:
+            allocate: see `DraftSupervisor`.
+        """
         if leads(self.vllm_config.parallel_config, self.rank):
-            self._draft = TargetsDraft(self.vllm_config)
+            self._draft = TargetsDraft(self.vllm_config, allocate)
             # Also where nobody calls shutdown: an engine that fails to start, or is dropped in-process.
             self._stop_draft = weakref.finalize(self, self._draft.close)
 
@@ -121,9 +125,10 @@ class TargetsDraft:
 
     Args:
         vllm_config: the target's. The draft process starts at once; nothing waits for it yet.
+        allocate: see `DraftSupervisor`.
     """
 
-    def __init__(self, vllm_config: VllmConfig) -> None:
+    def __init__(self, vllm_config: VllmConfig, allocate: AllocateTable | None) -> None:
         ssd = vllm_config.speculative_config
         assert isinstance(ssd, SSDSpeculativeConfig)
         assert ssd.ssd_shared_dir is not None
@@ -138,6 +143,7 @@ class TargetsDraft:
                 ssd.ssd_ready_timeout,
                 ssd.ssd_stall_timeout,
                 ssd.ssd_max_restarts,
+                allocate,
             )
         except Exception:  # such as no room for the laws
             self._folder.remove()

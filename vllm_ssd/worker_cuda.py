@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from vllm.distributed import get_world_group
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_ssd.runner_v2 import SSDModelRunnerV2
+from vllm_ssd.outcome_gpu import allocate_table
+from vllm_ssd.runner_v2 import SSDModelRunnerV2, runs_ahead
 from vllm_ssd.worker import DraftHost
 
 
@@ -26,5 +29,6 @@ class SSDWorker(DraftHost, Worker):
         # Only after vLLM has looked at how much memory is free: what the draft takes on the same device
         # between this and the sizing of the KV cache is counted as the target's.
         get_world_group().barrier()  # all ranks have, since the draft may share another's device
-        self.start_draft()
+        is_read_there = runs_ahead(self.vllm_config)
+        self.start_draft(partial(allocate_table, device=self.device) if is_read_there else None)
         return SSDModelRunnerV2(self.vllm_config, self.device)

@@ -18,6 +18,8 @@ from transformers import LlamaForCausalLM
 
 from vllm_ssd.draft.rows import Place, Rows, RowSampling
 from vllm_ssd.kernels.noise import perturb_reference
+from vllm_ssd.kernels.publish import publish_reference
+from vllm_ssd.outcome import OutcomeCache
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -187,9 +189,41 @@ class TransformersOracle:
 
 
 def test_rounds_on_the_real_engine(stepping: Model, pair: tuple[Path, Path]) -> None:
+    play_rounds(Target(SETUP, stepping.engine, TransformersOracle(pair[1])))
+
+
+@pytest.mark.parametrize("is_replayed", [False, True], ids=["launched", "replayed"])
+def test_rounds_whose_steps_publish_by_themselves(
+    model: Model, pair: tuple[Path, Path], is_replayed: bool
+) -> None:
+    engine = model.engine
+    tables: list[torch.Tensor] = []
+
+    def table(cache: OutcomeCache) -> AnnouncedAlone:
+        tables.append(torch.from_numpy(cache.entries))
+        return AnnouncedAlone(cache)
+
+    engine.publish_by(lambda *rows: [publish_reference(entries, *rows) for entries in tables])
+    try:
+        with replaying(engine) if is_replayed else nullcontext():
+            play_rounds(Target(SETUP, engine, TransformersOracle(pair[1]), table=table))
+    finally:
+        engine._publish = None
+
+
+class AnnouncedAlone:
+    """As `GpuOutcomeCache`, in the host's memory."""
+
+    def __init__(self, cache: OutcomeCache) -> None:
+        self.open_branches, self.close_branches = cache.open_branches, cache.close_branches
+
+    def publish(self, slot: int, first: int, depth: int, tokens: npt.NDArray[np.int64]) -> None:
+        """The step has done so."""
+
+
+def play_rounds(target: Target) -> None:
     """Hits, misses, n-gram drafts, early outcomes: published chains are the draft's greedy decoding."""
     rng = random.Random(3)
-    target = Target(SETUP, stepping.engine, TransformersOracle(pair[1]))
     shared = tokens_of(50, 70)
     for slot, prompt in enumerate((tokens_of(51, 1), tokens_of(52, 30), shared, [*shared, 7, 8])):
         target.start(slot, prompt)

@@ -7,7 +7,7 @@ import random
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from target import VOCAB, Setup, Target, prompt
+from target import VOCAB, Setup, Target, long_run, prompt
 
 from vllm_ssd.channel import Outcomes, Reset, RoundOutcome, Stop
 from vllm_ssd.fanout import listed_fanout, uniform_fanout
@@ -309,20 +309,8 @@ def test_a_long_run(seed: int) -> None:
         max_slots=5,
     )
     target = Target(setup)
-    prefix = prompt(rng, 60)
-    for turn in range(250):
-        for slot in range(setup.max_slots):
-            if slot not in target.live and rng.random() < 0.3:
-                target.start(slot, prefix[: rng.randint(1, 60)] + prompt(rng, rng.randint(0, 30)))
-            elif slot in target.live and (rng.random() < 0.03 or len(target.live[slot].tokens) > 200):
-                target.stop(slot)
-        for _ in range(rng.randint(0, 5)):
-            target.step()
-        for slot in list(target.live):
-            if turn % 3 or rng.random() < 0.5:
-                target.decide_like(slot, rng)
+    long_run(target, rng, 250)
     assert target.hits > 20
-    target.finish()
 
 
 def test_geometric_fan_out_follows_the_outcomes() -> None:

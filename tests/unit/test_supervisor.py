@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 from wire import configure
 
 from vllm_ssd import supervisor as supervisor_module
@@ -18,6 +19,7 @@ from vllm_ssd.supervisor import (
     HEALTHY_S,
     KILL_AFTER_STALLS,
     RESTART_PAUSE_S,
+    AllocateTable,
     DraftFailed,
     DraftSupervisor,
     State,
@@ -100,12 +102,13 @@ class Clock:
 class Bench:
     """A supervisor and what it holds."""
 
-    def __init__(self, folder: Path, clock: Clock) -> None:
+    def __init__(self, folder: Path, clock: Clock, allocate: AllocateTable | None = None) -> None:
+        folder.mkdir(exist_ok=True)
         self.clock = clock
         self.folder = folder
         self.counters = Counters(folder / "target", target_fields(3), create=True)
         self.supervisor = DraftSupervisor(
-            configure(folder), self.counters, READY_TIMEOUT, STALL_TIMEOUT, MAX_RESTARTS
+            configure(folder), self.counters, READY_TIMEOUT, STALL_TIMEOUT, MAX_RESTARTS, allocate
         )
         self.draft = Counters(folder / DRAFT_COUNTERS_FILE, DRAFT_FIELDS, create=False)
 
@@ -434,6 +437,40 @@ def test_a_restarted_draft_that_failed_and_is_gone_already_has_said_why(
     Process.last.code = 1
     bench.supervisor.check()
     assert "out of memory" in said[0]
+
+
+def test_the_table_in_the_gpu_is_used_if_the_draft_can(bench: Bench) -> None:
+    """Each draft process gets one of its own."""
+    tables = [torch.full((4, 8, 8), i) for i in range(3)]
+    answers = [(tables[0], b"one"), None, (tables[1], b"two"), (tables[2], b"three")]
+    asked = []
+
+    def allocate(shape: tuple[int, ...]) -> tuple[torch.Tensor, bytes] | None:
+        asked.append(shape)
+        return answers.pop(0)
+
+    def table() -> torch.Tensor | None:
+        cache = bench.supervisor.cache
+        return None if cache is None else cache.gpu_entries
+
+    bench.supervisor.close()
+    bench = Bench(bench.folder / "allocating", bench.clock, allocate)
+    uses_it = msgspec.structs.replace(READY, uses_gpu_table=True)
+    assert Process.last.asked.gpu_table == b"one"
+    bench.make_ready(uses_it)
+    assert table() is tables[0]
+    for handle, ready, expected in (
+        (None, READY, None),
+        (b"two", READY, None),  # it could not open it
+        (b"three", uses_it, tables[2]),
+    ):
+        bench.clock.now += HEALTHY_S + 1
+        bench.die()
+        assert table() is None
+        assert Process.last.asked.gpu_table == handle
+        bench.make_ready(ready)
+        assert table() is expected
+    assert asked == [(4, 8, 8)] * 4
 
 
 def test_close_stops_the_draft_and_cleans_up(bench: Bench) -> None:

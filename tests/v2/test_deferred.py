@@ -233,6 +233,16 @@ def test_the_plan_limits_what_is_served(bench: Bench) -> None:
     assert bench.told() == [RoundOutcome(1, a.epoch, 0, [50], [51])]
 
 
+def test_a_table_in_the_gpu_is_read_instead_of_the_hosts(bench: Bench) -> None:
+    a = bench.start("a", 1, [1, 2])
+    assert a is not None
+    bench.link.publish(a, 0, 0, 50, [51])
+    published = bench.link.outcomes.entries
+    bench.link.outcomes.gpu_entries = torch.from_numpy(published.copy()).to(DEVICE)
+    published[:] = 0
+    assert bench.step({"a": (1, 50)}) == [[51]]
+
+
 def test_a_request_without_tokens_finds_nothing(bench: Bench) -> None:
     """Given as embeddings: the draft is not told of it, whoever had its slot before."""
     a = bench.start("a", 1, [1, 2])

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from vllm_ssd.kernels.fork import ForkCopy, fork_copy_reference
 from vllm_ssd.kernels.lookup import look_up, look_up_reference
 from vllm_ssd.kernels.noise import perturb, perturb_reference
+from vllm_ssd.kernels.publish import publish, publish_reference, replace, replace_reference
 from vllm_ssd.kernels.select import select_branches, select_branches_reference
 from vllm_ssd.outcome import ACCEPTED, DEPTH, EPOCH, FIRST_DRAFT, ROUND, TOKEN
 
@@ -88,6 +89,39 @@ def test_lookup_of_stale_entries_alone(field: int) -> None:
     case = lookup_case(1, 6, 8, 3)
     case[0][..., field] = -5
     assert (assert_same_lookup(case) <= 0).all()
+
+
+@CASES
+@given(SEEDS, SIZES, st.sampled_from([1, 3, 8]), st.integers(1, 8))
+def test_publish_and_replace(seed: int, num_slots: int, num_branches: int, num_drafts: int) -> None:
+    """Rows with and without entries, full ones among them; then other entries in place of some."""
+    assert_same_publishing(seed, num_slots, num_branches, num_drafts)
+
+
+def test_publish_512_rows() -> None:
+    assert_same_publishing(0, 16, 64, 5)
+
+
+def assert_same_publishing(seed: int, num_slots: int, num_branches: int, num_drafts: int) -> None:
+    rng = np.random.default_rng(seed)
+    num_entries = num_slots * num_branches
+    places = rng.permutation(num_entries)[: min(num_entries, 512)]
+    places[rng.random(len(places)) < 0.3] = -1
+    entries = rng.integers(0, 1000, (num_slots, num_branches, FIRST_DRAFT + num_drafts))
+    depths = rng.integers(0, num_drafts + 1, len(places))
+    drafts = rng.integers(0, 1000, len(places))
+    case = [torch.from_numpy(array).to(DEVICE) for array in (entries, places, depths, drafts)]
+    expected = [tensor.clone() for tensor in case]
+    for _ in range(2):
+        publish(*case)
+        publish_reference(*expected)
+    first = int(rng.integers(0, num_entries + 1))
+    count = int(rng.integers(0, num_entries - first + 1))
+    new = torch.from_numpy(rng.integers(0, 1000, (count, FIRST_DRAFT + num_drafts))).to(DEVICE)
+    replace(case[0], first, new)
+    replace_reference(expected[0], first, new)
+    for got, wanted in zip(case, expected, strict=True):
+        assert torch.equal(got, wanted)
 
 
 @CASES

@@ -139,8 +139,11 @@ def let_finished_go(llm: Any) -> None:
 def is_deferred(llm: Any) -> bool:
     """Whether outcomes are looked up on the device, and without failure."""
     deferred = in_worker(llm, lambda worker: worker.model_runner.speculator._deferred)
-    assert deferred is None or not deferred._failed
-    return deferred is not None
+    if deferred is None:
+        return False
+    assert not deferred._failed
+    assert DEVICE == "cpu" or deferred._entries.is_cuda  # in the host's memory only where it cannot be shared
+    return True
 
 
 def constrained(llm: Any) -> list[list[int]]:

@@ -14,12 +14,17 @@ import signal
 import sys
 import threading
 import traceback
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 
 from vllm_ssd.channel import PROTOCOL_VERSION, Channel, Configure, Failed, Ready, ToDraft
+
+if TYPE_CHECKING:
+    from vllm_ssd.draft.engine import DraftEngine
+    from vllm_ssd.outcome_gpu import GpuOutcomeCache
 
 CLEANING_UP_S = 1.0
 
@@ -78,6 +83,7 @@ def _build_server(configure: Configure, channel: Channel):  # type: ignore[no-un
     gc.enable()
     register()
     engine = DraftEngine(configure)
+    gpu_cache = _open_gpu_cache(configure, engine)
     engine.warm_up(configure.max_rows)
     engine.leave_process_groups()
     step_times = measure_line(engine.run_on_scratch_blocks, 1, configure.max_rows)
@@ -101,8 +107,24 @@ def _build_server(configure: Configure, channel: Channel):  # type: ignore[no-un
     counters.set("messages", 0)
     gc.collect()
     gc.freeze()
-    channel.send(Ready(engine.num_blocks, engine.block_size, *step_times))
-    return DraftServer(configure, engine, channel, cache, counters, laws)
+    channel.send(Ready(engine.num_blocks, engine.block_size, *step_times, gpu_cache is not None))
+    return DraftServer(configure, engine, channel, gpu_cache or cache, counters, laws)
+
+
+def _open_gpu_cache(configure: Configure, engine: DraftEngine) -> GpuOutcomeCache | None:
+    """The outcome cache in the target's GPU, which the engine's steps then publish in; None without one."""
+    if configure.gpu_table is None:
+        return None
+    from vllm_ssd.kernels.publish import publish
+    from vllm_ssd.outcome import FIRST_DRAFT
+    from vllm_ssd.outcome_gpu import GpuOutcomeCache, open_table
+
+    shape = (configure.max_slots, configure.branch_budget, FIRST_DRAFT + configure.num_speculative_tokens)
+    entries = open_table(configure.gpu_table, shape, engine.device)
+    if entries is None:
+        return None
+    engine.publish_by(partial(publish, entries))
+    return GpuOutcomeCache(entries, engine.device)
 
 
 def _exit_with_parent(configure: Configure) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from vllm_ssd.draft.branches import BranchGroup
 from vllm_ssd.draft.requests import DraftRequest
-from vllm_ssd.draft.rows import Rows, RowSampling
+from vllm_ssd.draft.rows import NO_ENTRY, RowEntries, Rows, RowSampling
 from vllm_ssd.noise import draft_seed
 
 
@@ -27,9 +27,16 @@ class TrunkRow:
         return range(first, self.request.num_computed + self.num_tokens - last_confirmed)
 
 
-def build_rows(trunk_rows: list[TrunkRow], groups: list[tuple[DraftRequest, BranchGroup]]) -> Rows:
-    """The rows of one step: first the trunks', then the branches', which are fed with their last draft."""
+def build_rows(
+    trunk_rows: list[TrunkRow], groups: list[tuple[DraftRequest, BranchGroup]], entries_per_slot: int
+) -> Rows:
+    """The rows of one step: first the trunks', then the branches', which are fed with their last draft.
+
+    Args:
+        entries_per_slot: of the outcome cache.
+    """
     tokens, positions, query_lens, tables, wanted = [], [], [], [], []
+    places, depths = [], []
     asked_for: list[DraftRequest] = []  # whose each wanted position is
     num_tokens = 0
     for row in trunk_rows:
@@ -41,6 +48,8 @@ def build_rows(trunk_rows: list[TrunkRow], groups: list[tuple[DraftRequest, Bran
         num_tokens += row.num_tokens
         wanted.append(np.arange(num_tokens - len(row.lengths), num_tokens))
         asked_for += [row.request] * len(wanted[-1])
+        places.append(np.full(len(wanted[-1]), NO_ENTRY))
+        depths.append(np.zeros(len(wanted[-1]), dtype=np.int64))
     for request, group in groups:
         tokens.append(group.next_tokens)
         positions.append(group.next_positions)
@@ -48,6 +57,9 @@ def build_rows(trunk_rows: list[TrunkRow], groups: list[tuple[DraftRequest, Bran
         tables.append(group.block_tables)
         wanted.append(np.arange(num_tokens, num_tokens + len(group)))
         asked_for += [request] * len(group)
+        first_place = request.slot * entries_per_slot + group.first_entry
+        places.append(np.arange(first_place, first_place + len(group)))
+        depths.append(np.full(len(group), group.steps))
         num_tokens += len(group)
     return Rows(
         np.concatenate(tokens),
@@ -56,6 +68,7 @@ def build_rows(trunk_rows: list[TrunkRow], groups: list[tuple[DraftRequest, Bran
         np.concatenate(tables),
         np.concatenate(wanted),
         _sampling_of_rows(asked_for) if any(request.sampling.temperature for request in asked_for) else None,
+        RowEntries(np.concatenate(places), np.concatenate(depths)),
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -27,10 +28,18 @@ from vllm.v1.worker.gpu.attn_utils import (
 
 from vllm_ssd.channel import Configure
 from vllm_ssd.compat import leave_process_groups
-from vllm_ssd.draft.graphs import Capture, Perturb, StepGraph, StepGraphs, capture_cuda_graphs, sizes_up_to
+from vllm_ssd.draft.graphs import (
+    Capture,
+    Perturb,
+    Publish,
+    StepGraph,
+    StepGraphs,
+    capture_cuda_graphs,
+    sizes_up_to,
+)
 from vllm_ssd.draft.inputs import StepInputs, inputs_of
 from vllm_ssd.draft.loading import UnsupportedDraft, engine_config, init_device, plan_kv_cache
-from vllm_ssd.draft.rows import Candidates, Place, Rows, RowSampling
+from vllm_ssd.draft.rows import NO_ENTRY, Candidates, Place, Rows, RowSampling
 from vllm_ssd.draft.sampling import DraftSampler, SampledRows
 
 Int64Array = npt.NDArray[np.int64]
@@ -59,6 +68,7 @@ class Step:
     inputs: StepInputs
     wanted: torch.Tensor | None  # [L], which tokens' predictions; None: all
     sampling: SampledRows | None
+    publish: Callable[[torch.Tensor], None]  # drafts [L]
 
     @property
     def wanted_positions(self) -> torch.Tensor:
@@ -109,6 +119,17 @@ class DraftEngine:
         self._fork_copy = _fork_copy(self.kv_caches)
         self._graphs: StepGraphs | None = None
         self._graph: StepGraph | None = None  # of the last step, if it was one
+        self._publish: Publish | None = None
+
+    def publish_by(self, publish: Publish) -> None:
+        """From now on let each step publish its drafts by itself; before `warm_up`, which captures steps.
+
+        Args:
+            publish: see `graphs.StepGraph`.
+        """
+        self._publish = publish
+        nobody, nothing = torch.tensor([[NO_ENTRY], [0]], device=self.device)
+        publish(nobody, nothing, nothing)  # it is compiled now
 
     def warm_up(self, max_rows: int) -> None:
         """Do once, on scratch blocks and before any is in use, all that serving does.
@@ -170,6 +191,7 @@ class DraftEngine:
             inputs_of(rows, self.block_size, self._slots_by_layer, self.device),
             self._to_device(rows.wanted) if len(rows.wanted) < len(rows.tokens) else None,
             self._sampler.prepare(rows.sampling) if rows.sampling else None,
+            self._publisher(rows),
         )
         return self._run(self._last)
 
@@ -223,7 +245,7 @@ class DraftEngine:
             )
             # Nothing that the host decides may depend on how long the rows are.
             inputs.attention.max_seq_len = self.max_model_len
-            return StepGraph(inputs, self._captured_logits(inputs), perturb, capture)
+            return StepGraph(inputs, self._captured_logits(inputs), perturb, capture, self._publish)
 
         self._graphs = StepGraphs(sizes, build)
 
@@ -287,7 +309,15 @@ class DraftEngine:
         logits = self._logits(step.inputs, self._metadata(step.inputs), step.wanted)
         chosen = self._sampler.choose(logits, step.sampling, step.wanted_positions)
         self._drafts = chosen.drafts
+        step.publish(chosen.drafts)
         return StepPredictions(chosen.logits, chosen.drafts.cpu().numpy(), chosen.laws)
+
+    def _publisher(self, rows: Rows) -> Callable[[torch.Tensor], None]:
+        """What publishes the drafts of these rows, in each step a token more."""
+        if self._publish is None or rows.entries is None:
+            return lambda drafts: None
+        places, depths = self._to_device(rows.entries.places), self._to_device(rows.entries.depths)
+        return partial(self._publish, places, depths)
 
     def _to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from vllm_ssd.draft.inputs import StepInputs
-from vllm_ssd.draft.rows import Int64Array, Rows
+from vllm_ssd.draft.rows import NO_ENTRY, Int64Array, Rows
 
 Replay = Callable[[], None]
 Capture = Callable[[Replay], Replay]
 Perturb = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Publish = Callable[[Tensor, Tensor, Tensor], None]
 
 
 class StepGraph:
@@ -29,6 +30,7 @@ class StepGraph:
         compute: the logits [R, V] of the inputs.
         perturb: logits [R, V], temperatures, seeds, positions [R] -> what drafts are chosen by, [R, V].
         capture: makes of a function one that does again, on the device, what that did.
+        publish: puts drafts at places, which have depths, all [R] (`kernels.publish`); None: the host does.
     """
 
     def __init__(
@@ -37,12 +39,15 @@ class StepGraph:
         compute: Callable[[], Tensor],
         perturb: Perturb,
         capture: Capture,
+        publish: Publish | None,
     ) -> None:
-        self._inputs, self._compute, self._perturb = inputs, compute, perturb
+        self._inputs, self._compute, self._perturb, self._publish = inputs, compute, perturb, publish
         self._filling = inputs.attention.block_table_tensor.clone()
         self._drafts = torch.zeros_like(inputs.tokens)
         self._temperatures = torch.zeros(len(inputs.tokens), device=inputs.tokens.device)
         self._seeds = torch.zeros_like(inputs.tokens)
+        self._places = torch.full_like(inputs.tokens, NO_ENTRY)
+        self._depths = torch.zeros_like(inputs.tokens)
         self._logits = torch.empty(0)
         self._num_rows = 0
         self._replay = capture(self._step)
@@ -62,6 +67,10 @@ class StepGraph:
         if rows.sampling is not None:
             self._temperatures[:here] = torch.from_numpy(rows.sampling.temperatures)
             self._seeds[:here] = torch.from_numpy(rows.sampling.seeds)
+        self._places.fill_(NO_ENTRY)
+        if rows.entries is not None:
+            self._places[:here] = torch.from_numpy(rows.entries.places)
+            self._depths[:here] = torch.from_numpy(rows.entries.depths)
 
     def step(self) -> tuple[Tensor, Int64Array]:
         """Of the rows that were loaded: what drafts are chosen by [n, V], and the drafts [n]; both copies."""
@@ -73,6 +82,8 @@ class StepGraph:
         self._inputs.advance(self._drafts)
         self._logits = self._perturb(self._compute(), self._temperatures, self._seeds, self._inputs.positions)
         torch.argmax(self._logits, dim=-1, out=self._drafts)
+        if self._publish is not None:
+            self._publish(self._places, self._depths, self._drafts)
 
 
 class StepGraphs:

@@ -12,6 +12,8 @@ Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
 
+NO_ENTRY = -1
+
 
 @dataclass(frozen=True)
 class RowSampling:
@@ -24,6 +26,14 @@ class RowSampling:
 
 
 @dataclass(frozen=True)
+class RowEntries:
+    """Where in the outcome cache the drafts of L wanted positions go."""
+
+    places: Int64Array  # [L], which of the entries of all slots, or NO_ENTRY
+    depths: Int64Array  # [L], how many drafts it has
+
+
+@dataclass(frozen=True)
 class Rows:
     """A ragged batch: R rows, N tokens in all, L positions whose next token is wanted."""
 
@@ -33,6 +43,7 @@ class Rows:
     block_tables: Int32Array  # [R, max_blocks], the blocks that hold each row's KV
     wanted: Int64Array  # [L], indices into the N tokens
     sampling: RowSampling | None = None  # None: all greedy
+    entries: RowEntries | None = None  # None: what this step yields is not published
 
 
 class Predictions(Protocol):

@@ -38,7 +38,6 @@ from vllm_ssd.draft.requests import BlockCopies, DraftRequest
 from vllm_ssd.draft.rows import Candidates, Place, Predictions, Rows
 from vllm_ssd.draft_laws import DraftLaws
 from vllm_ssd.fanout import geometric_fanout, global_fanout, listed_fanout, scale_fanout, uniform_fanout
-from vllm_ssd.outcome import OutcomeCache
 
 IDLE_POLL_MS = 200
 SPIN_SECONDS = 0.02  # after work, before the draft's core may sleep: with cold caches steps are slow
@@ -66,6 +65,18 @@ class Engine(Protocol):
     def copy_blocks(self, sources: Int64Array, targets: Int64Array) -> None: ...
 
 
+class BranchTable(Protocol):
+    """What the server needs of the outcome cache (see `vllm_ssd.outcome` and `vllm_ssd.outcome_gpu`)."""
+
+    def open_branches(
+        self, slot: int, first: int, epoch: int, round_: int, ks: Int64Array, tokens: Int64Array
+    ) -> None: ...
+
+    def publish(self, slot: int, first: int, depth: int, tokens: Int64Array) -> None: ...
+
+    def close_branches(self, slot: int) -> None: ...
+
+
 class DraftServer:
     """Serves one target.
 
@@ -83,7 +94,7 @@ class DraftServer:
         configure: Configure,
         engine: Engine,
         channel: Channel,
-        cache: OutcomeCache,
+        cache: BranchTable,
         counters: Counters,
         laws: DraftLaws | None = None,
     ) -> None:
@@ -235,7 +246,9 @@ class DraftServer:
         """Run the step; the same branches as in the last one only go on."""
         goes_on = not trunk_rows and [group for _, group in groups] == self._advancing
         self._advancing = [] if trunk_rows else [group for _, group in groups]
-        return self._engine.advance() if goes_on else self._engine.forward(build_rows(trunk_rows, groups))
+        if goes_on:
+            return self._engine.advance()
+        return self._engine.forward(build_rows(trunk_rows, groups, self._configure.branch_budget))
 
     def _read_candidates(self) -> None:
         """Those of all positions that are about to be forked, at once."""
