@@ -20,9 +20,9 @@ from .train import chain_batches, train
 # Few steps are enough because the copying circuit is planted.
 SEED_LAYERS = 4
 SEED_STEPS = 800
-TARGET_STEPS = 500
+TARGET_STEPS = 700
 LONG_STEPS = 16
-DRAFT_STEPS = 1400
+DRAFT_STEPS = 3000
 ROWS, LENGTH, LONG_LENGTH = 4, 512, 2048
 
 
@@ -73,7 +73,7 @@ def train_draft(tokenizer: PreTrainedTokenizerFast, seed: int, work: Path) -> tu
     plant_induction(draft, seed)
     draft.set_attn_implementation("blocks")
     texts = chain_batches(tokenizer, f"{seed}/draft", ROWS, LENGTH)
-    loss = train(draft, texts, DRAFT_STEPS, floor=0.3, checkpoint=work / "draft.pt", label="draft")
+    loss = train(draft, texts, DRAFT_STEPS, floor=0.05, checkpoint=work / "draft.pt", label="draft")
     return draft, loss
 
 
