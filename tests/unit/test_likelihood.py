@@ -32,8 +32,9 @@ def after(rounds: int, log_prob: float, accepted: float) -> OutcomeStatistics:
 @given(seed=st.integers(0, 10_000), n=st.integers(1, 6), rounds=st.integers(0, 40))
 def test_outcomes_share_out_what_is_reached(seed: int, n: int, rounds: int) -> None:
     log_probs, is_draft = laws(seed, n)
+    statistics = after(rounds, -0.8, 0.7)
     outcomes, reached = likelihood.of_outcomes(
-        log_probs, is_draft, after(rounds, -0.8, 0.7), last_is_drawn=False
+        log_probs, is_draft, statistics, is_greedy=False, last_is_drawn=False
     )
     assert np.exp(outcomes).sum(axis=1) == pytest.approx(np.exp([0.0, *reached[:-1]]), abs=1e-3)
     assert outcomes[is_draft] == pytest.approx(reached, abs=1e-3)
@@ -44,11 +45,28 @@ def test_a_draft_is_as_likely_as_such_drafts_were_accepted(accepted: float) -> N
     log_probs = np.log(np.array([[0.4, 0.3, 0.2, 0.1]], dtype=np.float32))
     is_draft = np.array([[True, False, False, False]])
     statistics = after(500, float(log_probs[0, 0]), accepted)
-    outcomes, reached = likelihood.of_outcomes(log_probs, is_draft, statistics, last_is_drawn=False)
+    outcomes, reached = likelihood.of_outcomes(
+        log_probs, is_draft, statistics, is_greedy=False, last_is_drawn=False
+    )
     assert np.exp(reached[0]) == pytest.approx(accepted, abs=0.05)
     assert np.exp(outcomes[0, 0]) == pytest.approx(accepted, abs=0.05)
     rest = np.exp(outcomes[0, 1:])
     assert rest / rest.sum() == pytest.approx([3 / 6, 2 / 6, 1 / 6], abs=1e-4)
+
+
+def test_a_greedy_target_goes_by_rank_however_flat_the_law() -> None:
+    log_probs = np.log(np.full((1, NUM_CANDIDATES), 0.02, dtype=np.float32))
+    is_draft = np.array([[False, True, False, False]])
+    statistics = OutcomeStatistics(NUM_CANDIDATES)
+    for rank in [0, 0, 0, 1] * 50:
+        statistics.add(0, 1, rank, log_probs[0, :1])
+        statistics.add(1, 1, 3, log_probs[0, :1])  # a bonus token: instead of no draft
+    outcomes, reached = likelihood.of_outcomes(
+        log_probs, is_draft, statistics, is_greedy=True, last_is_drawn=False
+    )
+    assert outcomes[0, 1] == reached[0]
+    rest = np.exp(outcomes[0, [0, 2, 3]]) / -np.expm1(reached[0])
+    assert rest == pytest.approx([0.75, 0.25, 0.0], abs=0.03)
 
 
 def test_drafts_of_another_confidence_say_nothing() -> None:
@@ -61,7 +79,9 @@ def test_drafts_of_another_confidence_say_nothing() -> None:
 def test_what_follows_all_drawn_drafts_is_left_to_the_law() -> None:
     log_probs, is_draft = laws(3, 2)
     statistics = after(100, -0.8, 0.5)
-    outcomes, reached = likelihood.of_outcomes(log_probs, is_draft, statistics, last_is_drawn=True)
+    outcomes, reached = likelihood.of_outcomes(
+        log_probs, is_draft, statistics, is_greedy=False, last_is_drawn=True
+    )
     assert outcomes[1] == pytest.approx(log_probs[1] + reached[0], abs=1e-5)
 
 
@@ -77,7 +97,7 @@ def test_a_draft_that_is_no_candidate_counts_as_the_least() -> None:
 def test_a_draft_that_is_certain_leaves_a_little() -> None:
     log_probs = np.array([[0.0, -30.0]], dtype=np.float32)
     outcomes, _ = likelihood.of_outcomes(
-        log_probs, np.array([[True, False]]), OutcomeStatistics(4), last_is_drawn=False
+        log_probs, np.array([[True, False]]), OutcomeStatistics(4), is_greedy=False, last_is_drawn=False
     )
     assert np.isfinite(outcomes).all()
     assert outcomes[0, 0] > outcomes[0, 1]

@@ -45,6 +45,16 @@ def test_an_outcome_always_foreseen_breaks_nothing() -> None:
     assert np.isfinite(statistics.exponent)
 
 
+def test_shares_of_ranks_fall_and_never_vanish() -> None:
+    statistics = OutcomeStatistics(4)
+    for _ in range(2000):
+        statistics.add(0, 4, 9)  # none of the ranked
+    shares = statistics.log_shares(np.arange(6))
+    assert np.isfinite(shares).all()
+    assert (np.diff(shares) <= 0).all()
+    assert shares[-1] == shares[-2]
+
+
 def test_kinds_of_rounds_are_apart() -> None:
     measured = Measured(4)
     for _ in range(300):

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from target import VOCAB, Setup, Target, long_run, prompt
 
-from vllm_ssd.channel import Outcomes, Reset, RoundOutcome, Stop
+from vllm_ssd.channel import Outcomes, Reset, RoundOutcome, Sampling, Stop
 from vllm_ssd.fanout import listed_fanout, uniform_fanout
 from vllm_ssd.outcome import EPOCH, Outcome
 
@@ -50,18 +50,20 @@ def test_every_accepted_length_gets_its_branches(num_drafts: int, fanout: str) -
     target.finish()
 
 
-def test_global_fan_out_follows_the_drafts_own_probabilities() -> None:
+@pytest.mark.parametrize(("temperature", "counts"), [(1.0, [3, 2, 2]), (0.0, [2, 2, 3])])
+def test_global_fan_out_follows_the_drafts_own_probabilities(temperature: float, counts: list[int]) -> None:
     # Each toy token is half as likely as the one before it: sending a best draft costs one halving, and the
     # candidates after it start another one lower, but for the last length, whose best token was not sent.
+    # After a greedy rejection the next likeliest are believed more, and the others less, than the law has it.
     target = Target(Setup(num_drafts=2, budget=7, fanout="global", vocab=64))
-    target.start(0, prompt(random.Random(0), 10))
+    target.start(0, prompt(random.Random(0), 10), Sampling(temperature=temperature))
     target.settle()
     assert [k for k, _, _ in target.published(0)] == [0] * 7
     _, token, _ = target.published(0)[0]
     target.decide(0, 0, token)
     target.settle()
     ks = [k for k, _, _ in target.published(0)]
-    assert [ks.count(k) for k in range(3)] == [3, 2, 2]
+    assert [ks.count(k) for k in range(3)] == counts
     target.finish()
 
 

@@ -2,7 +2,9 @@
 
 The draft's own law does not say how likely its drafts are accepted: under shared noise, or when greedy, the
 target agrees far more often than the law has it, and drafts that are drawn are accepted by min(p, q). So the
-draft gets the share of such drafts that was accepted, and the law shares out the rest.
+draft gets the share of such drafts that was accepted, and the law shares out the rest. A greedy target draws
+nothing, so there the law does not say how the rest falls either: what comes instead is mostly one of the next
+likeliest, however flat the law. There each candidate gets the measured share of its rank.
 """
 
 from __future__ import annotations
@@ -32,13 +34,19 @@ def of_drafts(log_probs: FloatArray, is_draft: BoolArray) -> FloatArray:
 
 
 def of_outcomes(
-    log_probs: FloatArray, is_draft: BoolArray, statistics: OutcomeStatistics, *, last_is_drawn: bool
+    log_probs: FloatArray,
+    is_draft: BoolArray,
+    statistics: OutcomeStatistics,
+    *,
+    is_greedy: bool,
+    last_is_drawn: bool,
 ) -> tuple[FloatArray, FloatArray]:
     """How likely the outcomes of the first n accepted lengths are.
 
     Args:
         log_probs, is_draft: see `of_drafts`.
         statistics: of rounds like this one.
+        is_greedy: whether the target is.
         last_is_drawn: whether what follows the last length is drawn anew, by a law like the draft's.
 
     Returns:
@@ -47,8 +55,12 @@ def of_outcomes(
     """
     drafts = of_drafts(log_probs, is_draft)
     accepted = statistics.log_acceptance(drafts)
-    left = np.log(-np.expm1(accepted)) - np.log(-np.expm1(np.minimum(drafts, MOST_CERTAIN)))
-    outcomes = np.where(is_draft, accepted[:, None], log_probs + left[:, None])
+    rejected = np.log(-np.expm1(accepted))
+    if is_greedy:
+        others = statistics.log_shares(np.cumsum(~is_draft, axis=1) - 1)
+    else:
+        others = log_probs - np.log(-np.expm1(np.minimum(drafts, MOST_CERTAIN)))[:, None]
+    outcomes = np.where(is_draft, accepted[:, None], rejected[:, None] + others)
     if last_is_drawn:
         outcomes[-1] = log_probs[-1]
     reached = accepted.cumsum()

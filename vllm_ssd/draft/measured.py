@@ -2,8 +2,9 @@
 
 Theorem 12 asks for a, the acceptance per token, and r, the exponent of miss(F) ~ F^-r, where miss(F) is the
 share of outcomes that are not among the F likeliest candidates. `vllm_ssd.draft.likelihood` asks how often a
-draft is accepted that was held this likely. Rounds are kept apart by where the verified drafts came from and
-by temperature, which change all of this. Old rounds fade.
+draft is accepted that was held this likely, and of which rank the token is that comes instead of a rejected
+one. Rounds are kept apart by where the verified drafts came from and by temperature, which change all of
+this. Old rounds fade.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ CONFIDENCE_EDGES = np.array(
 _bounds = np.array([6, *CONFIDENCE_EDGES, 1e-8])
 PRIOR_CONFIDENCE = np.exp(-np.sqrt(_bounds[:-1] * _bounds[1:]))  # what the draft itself says
 PRIOR_DRAFTS = 4  # of each confidence
+PRIOR_REJECTIONS = 4
 NOTHING_KNOWN = np.empty(0)
 
 
@@ -42,7 +44,9 @@ class OutcomeStatistics:
         self._accepted = PRIOR_ROUNDS * PRIOR_ACCEPTANCE
         self._tested = float(PRIOR_ROUNDS)
         misses = PRIOR_MISS / np.arange(1, num_ranks + 1)
-        self._ranks = PRIOR_ROUNDS * -np.diff(misses, prepend=1.0, append=0.0)  # [num_ranks + 1]
+        self._prior_ranks = -np.diff(misses, prepend=1.0, append=0.0)  # [num_ranks + 1]
+        self._ranks = PRIOR_ROUNDS * self._prior_ranks
+        self._ranks_of_recovery = np.zeros_like(self._ranks)  # of tokens that came instead of a draft
         self._tested_by_confidence = np.zeros_like(PRIOR_CONFIDENCE)
         self._accepted_by_confidence = np.zeros_like(PRIOR_CONFIDENCE)
 
@@ -71,14 +75,24 @@ class OutcomeStatistics:
             np.add.at(self._tested_by_confidence, confidence, 1)
             np.add.at(self._accepted_by_confidence, confidence[:num_accepted], 1)
         if rank is not None:
+            rank = min(rank, len(self._ranks) - 1)
             self._ranks *= FADING
-            self._ranks[min(rank, len(self._ranks) - 1)] += 1
+            self._ranks[rank] += 1
+            if num_accepted < num_sent:
+                self._ranks_of_recovery *= FADING
+                self._ranks_of_recovery[rank] += 1
 
     def log_acceptance(self, log_probs: FloatArray) -> FloatArray:
         """[n] log-probability that drafts to which the draft gives `log_probs` [n] are accepted."""
         confidence = np.searchsorted(-CONFIDENCE_EDGES, log_probs)
         accepted = self._accepted_by_confidence + PRIOR_DRAFTS * PRIOR_CONFIDENCE
         return np.log(accepted / (self._tested_by_confidence + PRIOR_DRAFTS))[confidence]
+
+    def log_shares(self, ranks: npt.NDArray[np.int64]) -> FloatArray:
+        """Log-share of rejections after which the candidate of this rank came, from 0, the draft left out."""
+        counts = self._ranks_of_recovery + PRIOR_REJECTIONS * self._prior_ranks
+        falling = np.minimum.accumulate(counts)  # the last counts all that are not ranked
+        return np.log(falling / counts.sum())[np.clip(ranks, 0, len(falling) - 1)]
 
     @property
     def acceptance(self) -> float:

@@ -237,7 +237,11 @@ class DraftRequest:
         known = self._known(len(self.candidates))
         is_draft, last = self._is_draft(known), len(known.tokens) - 1
         log_probs, reached = likelihood.of_outcomes(
-            known.log_probs, is_draft, statistics, last_is_drawn=self.is_drawn and last >= self.num_sent
+            known.log_probs,
+            is_draft,
+            statistics,
+            is_greedy=self.sampling.temperature == 0,
+            last_is_drawn=self.is_drawn and last >= self.num_sent,
         )
         others = ~is_draft
         others[self.num_sent :] = True
