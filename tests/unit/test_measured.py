@@ -55,6 +55,13 @@ def test_shares_of_ranks_fall_and_never_vanish() -> None:
     assert shares[-1] == shares[-2]
 
 
+def test_what_is_not_known_yet_is_guessed_by_what_mostly_came() -> None:
+    statistics = OutcomeStatistics(3)
+    for _ in range(2000):
+        statistics.add(3, 4, 0)  # three in four, then the likeliest of the others
+    assert np.exp(statistics.log_law(4)) == pytest.approx([0.75, 0.25, 0.0, 0.0], abs=0.02)
+
+
 def test_kinds_of_rounds_are_apart() -> None:
     measured = Measured(4)
     for _ in range(300):

@@ -91,8 +91,13 @@ class OutcomeStatistics:
     def log_shares(self, ranks: npt.NDArray[np.int64]) -> FloatArray:
         """Log-share of rejections after which the candidate of this rank came, from 0, the draft left out."""
         counts = self._ranks_of_recovery + PRIOR_REJECTIONS * self._prior_ranks
-        falling = np.minimum.accumulate(counts)  # the last counts all that are not ranked
+        falling = -np.sort(-counts[:-1])  # branches are opened in the order of ranks
         return np.log(falling / counts.sum())[np.clip(ranks, 0, len(falling) - 1)]
+
+    def log_law(self, num_candidates: int) -> FloatArray:
+        """[num_candidates] log-probability of what comes next, where nothing is known of the place itself."""
+        others = self.log_shares(np.arange(num_candidates - 1))
+        return np.concatenate([[np.log(self.acceptance)], np.log1p(-self.acceptance) + others])
 
     @property
     def acceptance(self) -> float:

@@ -231,8 +231,7 @@ class DraftRequest:
             For each accepted length that has no branches yet: [num_candidates]. The draft that was sent next
             is left out: had it been right, it would have been accepted.
             [num_candidates] log-probabilities at lengths not known yet; or none. There are some after a hit
-            on a branch whose tip has not been computed. They are guessed to be as sharp as what follows the
-            last length that is known.
+            on a branch whose tip has not been computed. They are guessed to be as they mostly are.
         """
         known = self._known(len(self.candidates))
         is_draft, last = self._is_draft(known), len(known.tokens) - 1
@@ -252,8 +251,7 @@ class DraftRequest:
         }
         if last >= self.num_sent:
             return outcomes, np.empty(0)
-        before = reached[last - 1] if last else 0.0
-        return outcomes, -np.sort(-log_probs[last]) + (reached[last] - before)
+        return outcomes, reached[last] + statistics.log_law(known.tokens.shape[1])
 
     def _known(self, n: int) -> Candidates:
         """[n, num_candidates], after the first n accepted lengths."""
