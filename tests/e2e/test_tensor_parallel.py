@@ -6,10 +6,14 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from engines import Engines, generate, give_draft_time, greedy_params, is_running, ssd, stats
 
@@ -102,6 +106,32 @@ def test_ratio_verification_takes_the_same_laws_on_both_ranks(
     assert stats(llm)["hits"] > 20
 
 
+@contextmanager
+def drafts_that_hang() -> Iterator[None]:
+    """Every draft is stopped while it starts; however long the target takes, it is not ready by then."""
+    found: set[psutil.Process] = set()
+    is_over = threading.Event()
+
+    def stop_new() -> None:
+        while not is_over.wait(0.05):
+            for process in set(psutil.Process().children(recursive=True)) - found:
+                with suppress(psutil.NoSuchProcess):
+                    if "vllm_ssd.draft" in process.cmdline():
+                        process.suspend()
+                        found.add(process)
+
+    watcher = threading.Thread(target=stop_new)
+    watcher.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        watcher.join()
+        for process in found:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
 def test_a_draft_that_does_not_come_fails_the_start_on_both_ranks(
     engines: Engines, pair: tuple[Path, Path]
 ) -> None:
@@ -109,7 +139,7 @@ def test_a_draft_that_does_not_come_fails_the_start_on_both_ranks(
     engines.close()
     before = set(multiprocessing.active_children())
     try:
-        with pytest.raises(RuntimeError, match="ssd_ready_timeout"):
+        with drafts_that_hang(), pytest.raises(RuntimeError, match="ssd_ready_timeout"):
             engines.get(pair[0], ssd(pair[1], 4, ssd_ready_timeout=0.01), **RANKS)
     finally:
         # vLLM leaves them to the end of the engine's process, which here is ours.
