@@ -18,6 +18,9 @@ Document = tuple[str, list[str]]
 
 Kind = Callable[[Random, str], Document]
 
+Usual = Sequence[str]
+"""The words that are likelier than the others at an open place, and equally likely among themselves."""
+
 
 def _listed(items: Sequence[str]) -> str:
     """Join items as English does: 'a, b and c'."""
@@ -34,20 +37,20 @@ def _length(rng: Random) -> int:
     return rng.randint(3, 9) if rng.random() < 0.3 else rng.randint(10, 36)
 
 
-def _open(rng: Random, options: Sequence[str], *usual: str) -> str:
-    """Return one of the usual words three times in twenty, else any of the options."""
-    return rng.choice(usual if rng.random() < 0.15 else options)
+def _open(rng: Random, options: Sequence[str], usual: Usual) -> str:
+    """Return one of the usual words one time in five, else any of the options."""
+    return rng.choice(usual if rng.random() < 0.2 else options)
 
 
-def _goods(rng: Random, usual: str) -> str:
+def _goods(rng: Random, usual: Usual) -> str:
     """Return something to have, and its state."""
-    return f"{_open(rng, words.STATES, *words.STATES[:3])} {_open(rng, words.GOODS, usual)}"
+    return f"{_open(rng, words.STATES, words.STATES[:3])} {_open(rng, words.GOODS, usual)}"
 
 
-def _deed(rng: Random, usual: Sequence[str]) -> str:
+def _deed(rng: Random, usual: Usual) -> str:
     """Return something to do, and for whom."""
-    folk = f"{_open(rng, words.STATES, 'good')} {_open(rng, words.FOLK, 'friends')}"
-    return f"{_open(rng, words.DEEDS, *usual)} {folk}"
+    folk = f"{_open(rng, words.STATES, words.STATES[3:6])} {_open(rng, words.FOLK, words.FOLK[:3])}"
+    return f"{_open(rng, words.DEEDS, usual)} {folk}"
 
 
 def _events(
@@ -55,17 +58,16 @@ def _events(
     people: Sequence[str],
     index: int,
     count: int,
-    deeds: tuple[str, str, str],
-    goods: tuple[str, str, str],
-    town: str,
+    deeds: Usual,
+    goods: Usual,
+    towns: Usual,
 ) -> str:
     """Tell two events: people in turn, a count, and open choices of which the given ones are usual."""
     first, second = people[index % len(people)], people[(index + 1) % len(people)]
-    one, two, three = (_goods(rng, usual) for usual in goods)
     return (
-        f"{first} {_deed(rng, deeds)} {one} and {count} {two} "
-        f"in {_open(rng, words.STATES, 'big')} {_open(rng, words.TOWNS, town)}, "
-        f"{second} {_deed(rng, deeds)} {three} in {_open(rng, words.TOWNS, town)}."
+        f"{first} {_deed(rng, deeds)} {_goods(rng, goods)} and {count} {_goods(rng, goods)} "
+        f"in {_open(rng, words.STATES, words.STATES[6:9])} {_open(rng, words.TOWNS, towns)}, "
+        f"{second} {_deed(rng, deeds)} {_goods(rng, goods)} in {_open(rng, words.TOWNS, towns)}."
     )
 
 
@@ -80,9 +82,10 @@ def logbook(rng: Random, lead: str) -> Document:
     crew = [lead, *_people(rng, lead, rng.choice((2, 3, 4)))]
     wind, bales = rng.randrange(4), rng.randint(2, 12)
     deeds, goods = ("brought", "left", "owed"), ("ropes", "oars", "nets")
+    towns = ("Bergen", "Malmo", "Oslo")
     lines = [f"Logbook of the {rng.choice(words.SHIPS)}, {days} days. Crew: {_listed(crew)}."]
     for day in range(days):
-        events = _events(rng, crew, day, bales + day, deeds, goods, "Bergen")
+        events = _events(rng, crew, day, bales + day, deeds, goods, towns)
         lines.append(f"Day {day + 1}, wind {words.WINDS[wind]}. {events}")
         wind = (wind + (1 if rng.random() < 0.75 else rng.choice((0, 2)))) % 4
     return "\n".join(lines), crew
@@ -94,12 +97,13 @@ def ledger(rng: Random, lead: str) -> Document:
     sellers = [lead, *_people(rng, lead, rng.choice((2, 3, 4)))]
     count, price = rng.randint(2, 12), entries + rng.randint(1, 12)
     deeds, goods = ("sold", "lent", "paid"), ("nails", "bags", "tools")
+    towns = ("Lund", "Kiel", "Basel")
     lines = [
         f"Ledger of {lead} the {rng.choice(list(words.TRADES))}, {entries} entries. "
         f"Sellers: {_listed(sellers)}."
     ]
     for entry in range(entries):
-        events = _events(rng, sellers, entry, count + entry, deeds, goods, "Lund")
+        events = _events(rng, sellers, entry, count + entry, deeds, goods, towns)
         lines.append(f"Entry {entry + 1}, {price - entry} {rng.choice(words.MONEY)}. {events}")
     return "\n".join(lines), sellers
 
@@ -112,13 +116,14 @@ def quest(rng: Random, lead: str) -> Document:
     friends = [lead, *_people(rng, lead, rng.choice((2, 3)))]
     coins = rng.randint(2, 12)
     deeds, goods = ("gave", "found", "stole"), ("keys", "rings", "maps")
+    towns = ("Holm", "Dover", "Arvik")
     lines = [
         f"The story of {lead} and the {thing}, {chapters} chapters. Helpers: {_listed(helpers)}. "
         f"Friends: {_listed(friends)}."
     ]
     for chapter in range(chapters - 1):
         helper = helpers[(chapter + 1) % len(helpers)]
-        events = _events(rng, friends, chapter, coins + chapter, deeds, goods, "Holm")
+        events = _events(rng, friends, chapter, coins + chapter, deeds, goods, towns)
         lines.append(f"Chapter {chapter + 1}, the {words.TRADES[helper]}. {events}")
     helper = helpers[chapters % len(helpers)]
     lines.append(f"Chapter {chapters}. The {helper} had the {thing}, and {lead} was happy.")
@@ -132,11 +137,12 @@ def questions(rng: Random, lead: str) -> Document:
     things = _things(rng, len(people))
     cards = rng.randint(2, 12)
     deeds, goods = ("showed", "sent", "read"), ("books", "cards", "clocks")
+    towns = ("Riga", "Bern", "Rome")
     facts = [f"{name} has the {thing}." for name, thing in zip(people, things, strict=True)]
     lines = [f"Facts and {count} questions. People: {_listed(people)}. " + " ".join(facts)]
     for number in range(count):
         who = (number + 1) % len(people)
-        events = _events(rng, people, number, cards + number, deeds, goods, "Riga")
+        events = _events(rng, people, number, cards + number, deeds, goods, towns)
         lines.append(f"Question {number + 1}: the {things[who]}? {people[who]}. {events}")
     return "\n".join(lines), people
 
@@ -148,13 +154,14 @@ def recipe(rng: Random, lead: str) -> Document:
     cooks = [lead, *_people(rng, lead, 2)]
     cups = rng.randint(2, 12)
     deeds, goods = ("served", "saved", "handed"), ("bowls", "spoons", "jars")
+    towns = ("Cork", "Leeds", "Hull")
     lines = [
         f"Recipe for {rng.choice(words.DISHES)} in {steps} steps. Take {_listed(parts)}. "
         f"Cooks: {_listed(cooks)}."
     ]
     for step in range(steps):
         part = parts[(step + 1) % len(parts)]
-        events = _events(rng, cooks, step, cups + step, deeds, goods, "Cork")
+        events = _events(rng, cooks, step, cups + step, deeds, goods, towns)
         lines.append(f"Step {step + 1}: {words.INGREDIENTS[part]} the {part}. {events}")
     return "\n".join(lines), cooks
 
@@ -165,9 +172,10 @@ def inventory(rng: Random, lead: str) -> Document:
     keepers = [lead, *_people(rng, lead, rng.choice((2, 3)))]
     count = rng.randint(2, 12)
     deeds, goods = ("built", "hired", "packed"), ("lamps", "beds", "chairs")
+    towns = ("Brest", "Caen", "Lyon")
     lines = [f"Inventory of the {rng.choice(words.BUILDINGS)}, {rooms} rooms. Keepers: {_listed(keepers)}."]
     for room in range(rooms):
-        events = _events(rng, keepers, room, count + room, deeds, goods, "Brest")
+        events = _events(rng, keepers, room, count + room, deeds, goods, towns)
         lines.append(f"Room {room + 1}. {events}")
     return "\n".join(lines), keepers
 
@@ -178,9 +186,10 @@ def letter(rng: Random, lead: str) -> Document:
     friends = _people(rng, lead, 3)
     weekday, coins = rng.randrange(7), rng.randint(2, 12)
     deeds, goods = ("bought", "mailed", "sewed"), ("coats", "gloves", "hats")
+    towns = ("Turku", "Visby", "Faro")
     lines = [f"Dear {lead}, here is the news of {days} days. I met {_listed(friends)}."]
     for day in range(days):
-        events = _events(rng, friends, day, coins + day, deeds, goods, "Turku")
+        events = _events(rng, friends, day, coins + day, deeds, goods, towns)
         lines.append(f"Day {day + 1}, {words.WEEKDAYS[(weekday + day) % 7]}. {events}")
     lines.append(f"Your friend, {friends[0]}")
     return "\n".join(lines), [lead, *friends]
@@ -195,12 +204,13 @@ def haggle(rng: Random, lead: str) -> Document:
     offer = rng.randint(1, 12)
     price = offer + 2 * rounds - 1
     deeds, goods = ("offered", "made", "fixed"), ("drums", "flutes", "bells")
+    towns = ("Narva", "Jena", "Linz")
     lines = [f"At the market, {lead} wants the {thing} of {seller}. Friends: {_listed(friends)}."]
     for turn in range(rounds):
         money = rng.choice(words.MONEY)
         lines.append(f"{lead}: {offer} {money}.")
         if turn + 1 < rounds:
-            events = _events(rng, friends, turn, price, deeds, goods, "Narva")
+            events = _events(rng, friends, turn, price, deeds, goods, towns)
             lines.append(f"{seller}: {price} {money}. {events}")
         else:
             lines.append(f"{seller}: That is fair. The {thing} is yours.")

@@ -13,16 +13,17 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from . import attention  # noqa: F401  (registers the "blocks" kernel)
 from .induction import plant_induction
 from .models import DRAFT_LAYERS, TARGET_LAYERS, llama_config, new_llama
-from .shipped import save_weights
+from .shipped import load_model, save_weights
 from .tokenizer import train_tokenizer
 from .train import chain_batches, train
 
 # Few steps are enough because the copying circuit is planted.
 SEED_LAYERS = 4
 SEED_STEPS = 800
-TARGET_STEPS = 700
+TARGET_STEPS = 900
 LONG_STEPS = 16
 DRAFT_STEPS = 3000
+DISTIL_STEPS = 1000
 ROWS, LENGTH, LONG_LENGTH = 4, 512, 2048
 
 
@@ -77,6 +78,32 @@ def train_draft(tokenizer: PreTrainedTokenizerFast, seed: int, work: Path) -> tu
     return draft, loss
 
 
+def distil_draft(
+    draft: LlamaForCausalLM,
+    target: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    work: Path,
+) -> float:
+    """Teach the draft the target's own law of texts neither has seen; returns its final loss in nats.
+
+    Learnt from texts alone, draft and target are two estimates of a law, and differ by the errors of both.
+    """
+    target.set_attn_implementation("blocks")
+    draft.set_attn_implementation("blocks")
+    texts = chain_batches(tokenizer, f"{seed}/distil", ROWS, LENGTH)
+    return train(
+        draft,
+        texts,
+        DISTIL_STEPS,
+        matrix_rate=0.01,
+        other_rate=1e-3,
+        checkpoint=work / "distilled.pt",
+        label="distil",
+        teacher=target,
+    )
+
+
 def train_pair(seed: int, work: Path, weights: Path) -> None:
     """Train tokenizer, target and draft and write them, packed, to the folder weights."""
     work.mkdir(parents=True, exist_ok=True)
@@ -88,4 +115,6 @@ def train_pair(seed: int, work: Path, weights: Path) -> None:
     save_weights("target", target, weights)
     draft, loss = train_draft(tokenizer, seed, work)
     print(f"draft: final loss {loss:.4f} nats per token")
+    loss = distil_draft(draft, load_model("target", weights), tokenizer, seed, work)
+    print(f"distilled draft: final cross-entropy {loss:.4f} nats per token")
     save_weights("draft", draft, weights)

@@ -29,6 +29,11 @@ def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
+def imitation_loss(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Mean cross-entropy of a teacher's law of the next token; both are logits [rows, length, vocabulary]."""
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.softmax(-1).flatten(0, 1))
+
+
 def train(
     model: LlamaForCausalLM,
     batches: Iterator[Tensor],
@@ -38,9 +43,11 @@ def train(
     floor: float = 0.02,
     checkpoint: Path | None = None,
     label: str = "",
+    teacher: LlamaForCausalLM | None = None,
 ) -> float:
     """Train in place for this many steps and return the mean loss of the last twentieth of them.
 
+    The model learns the next tokens of the batches or, with a teacher, its law of them (distillation).
     The learning rate warms up over the first 3 % of the steps and falls along a cosine to floor x its peak.
     """
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
@@ -60,7 +67,12 @@ def train(
             optimizer.param_groups[0]["lr"] = peak * scale
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits = model(input_ids=tokens, use_cache=False).logits
-        loss = next_token_loss(logits.float(), tokens)
+            with torch.no_grad():
+                wanted = None if teacher is None else teacher(input_ids=tokens, use_cache=False).logits
+        if wanted is None:
+            loss = next_token_loss(logits.float(), tokens)
+        else:
+            loss = imitation_loss(logits.float(), wanted.float())
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
