@@ -46,6 +46,7 @@ DRAFTS = (1, 2, 3, 4, 5, 6, 7)
 BUDGETS = (5, 8, 16, 32)
 BATCHES = (1, 2, 4, 8)
 MAX_ROWS = 32
+PROMPTS = max(BATCHES)  # of one measurement, whatever its batch size
 PROMPT_TOKENS = 64
 LEARNING_TASKS = 12  # of the planner, at each batch size
 console = Console()
@@ -148,21 +149,24 @@ class Sweep:
         self._out_tokens = out_tokens
 
     def measure(self, points: Sequence[Point], repeat: int, progress: Progress) -> None:
-        """Each point once, all with the same prompts."""
-        drawn = list(islice(self._prompts, max(point.batch for point in points)))
+        """Each point once, all with the same prompts: how many tokens are accepted differs from prompt to prompt."""
+        drawn = self._draw()
         for index in turn_order(len(points), repeat):
             point = points[index]
             progress.step(f"repeat {repeat + 1}: batch {point.batch}, {point.plan or 'planner'}")
-            point.results.append(self._run(drawn[: point.batch], point.plan))
+            point.results.append(self._run(drawn, point.batch, point.plan))
 
     def learn(self, batch: int) -> None:
         """Let the planner see this batch size."""
         for _ in range(LEARNING_TASKS):
-            self._run(list(islice(self._prompts, batch)), None)
+            self._run(self._draw(), batch, None)
 
-    def _run(self, prompts: list[list[int]], plan: tuple[int, int] | None) -> GenerationResult:
+    def _draw(self) -> list[list[int]]:
+        return list(islice(self._prompts, PROMPTS))
+
+    def _run(self, prompts: list[list[int]], batch: int, plan: tuple[int, int] | None) -> GenerationResult:
         count = len(prompts)
-        task = GenerationTask(prompts, [self._out_tokens] * count, [count] * count, plan=plan)
+        task = GenerationTask(prompts, [self._out_tokens] * count, [batch] * count, plan=plan)
         return self._engine.generate(task)
 
 
@@ -178,7 +182,7 @@ def measure(args: argparse.Namespace, points: list[Point]) -> list[tuple[Point, 
         running_engines([EngineSpec("ssd", chosen, cores)]) as (engine,),
     ):
         progress.step("starting the engine")
-        num_prompts = max(BATCHES) * (2 * args.repeats + 1 + LEARNING_TASKS * len(BATCHES))
+        num_prompts = PROMPTS * (args.repeats * (1 + len(BATCHES)) + LEARNING_TASKS * len(BATCHES))
         prompts = make_prompts(args.target, num_prompts, PROMPT_TOKENS)
         engine.await_ready()
         sweep = Sweep(engine, prompts, args.out_tokens)
