@@ -149,7 +149,7 @@ class Sweep:
         self._out_tokens = out_tokens
 
     def measure(self, points: Sequence[Point], repeat: int, progress: Progress) -> None:
-        """Each point once, all with the same prompts: how many tokens are accepted differs from prompt to prompt."""
+        """Each point once, all with the same prompts, since acceptance differs from prompt to prompt."""
         drawn = self._draw()
         for index in turn_order(len(points), repeat):
             point = points[index]
