@@ -101,13 +101,14 @@ def strategies() -> Figure:
     """Where the branches go."""
     points = [
         Point(
-            f"{strategy}, budget {budget}",
+            f"{strategy}, K={k}",
             temperature,
             temperature=temperature,
-            options={"ssd_fanout": strategy, "ssd_branch_budget": budget},
+            k=k,
+            options={"ssd_fanout": strategy, "ssd_branch_budget": 16},
         )
         for strategy in ("uniform", "geometric", "global")
-        for budget in (8, 16)
+        for k in (K, 10)  # 16 branches: two or more for each of 7 lengths, one for most of 11
         for temperature in (0.0, 0.5, 1.0, 1.5)
     ]
     return Figure(points, "temperature", ("hit_rate", "tokens_per_round", "tok_s"))
