@@ -28,6 +28,7 @@ def look_up(
     last_sampled: Tensor,
     drafts: Tensor,
     num_drafts: Tensor,
+    vocab_size: int,
 ) -> None:
     """Find each row's outcome among the published branches, and advance its round.
 
@@ -44,6 +45,7 @@ def look_up(
             valid one.
         num_drafts: [B] int32, written: how many were found (the depth reached), 0 without an outcome,
             MISSED where no branch has the outcome.
+        vocab_size: V; drafts end before what is no token of it, whoever has written it.
     """
     num_rows, num_speculative_tokens = drafts.shape
     if not num_rows:
@@ -63,6 +65,7 @@ def look_up(
         num_drafts,
         num_branches,
         num_speculative_tokens,
+        vocab_size,
         MISSED=MISSED,
         BLOCK_F=triton.next_power_of_2(num_branches),
         BLOCK_K=triton.next_power_of_2(num_speculative_tokens),
@@ -85,6 +88,7 @@ def _look_up_kernel(
     num_drafts_ptr,
     num_branches,
     num_speculative_tokens,
+    vocab_size,
     MISSED: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -117,8 +121,12 @@ def _look_up_kernel(
     found = branch >= 0
     entry = entries_ptr + slot * slot_stride + tl.maximum(branch, 0) * entry_stride
     depth = tl.where(found, tl.load(entry + _DEPTH, volatile=True), 0)
+    depth = tl.minimum(tl.maximum(depth, 0), num_speculative_tokens)
+    filled = tl.load(entry + _FIRST_DRAFT + columns, mask=in_row & (columns < depth), other=0, volatile=True)
+    # The target embeds them: a damaged table must not end it.
+    is_invalid = (filled < 0) | (filled >= vocab_size)
+    depth = tl.minimum(depth, tl.min(tl.where(is_invalid, columns, BLOCK_K), axis=0))
     is_draft = in_row & (columns < depth)
-    filled = tl.load(entry + _FIRST_DRAFT + columns, mask=is_draft, other=0, volatile=True)
     tl.store(drafts, tl.where(is_draft, filled, token), mask=in_row)
     tl.store(num_drafts_ptr + row, tl.where(found, depth, MISSED).to(tl.int32))
     tl.store(rounds_ptr + slot, round_ + 1)
@@ -133,6 +141,7 @@ def look_up_reference(
     last_sampled: Tensor,
     drafts: Tensor,
     num_drafts: Tensor,
+    vocab_size: int,
 ) -> None:
     """`look_up` in plain PyTorch."""
     has_outcome = (slots >= 0) & (num_sampled > 0)
@@ -142,9 +151,12 @@ def look_up_reference(
     found = (entries[slots][..., EPOCH : TOKEN + 1] == keys[:, None]).all(dim=-1)  # [B, F]
     is_hit = has_outcome & found.any(dim=-1)
     entry = entries[slots, found.int().argmax(dim=-1)]  # [B, FIRST_DRAFT + K]
-    depth = torch.where(is_hit, entry[:, DEPTH], 0)
+    depth = torch.where(is_hit, entry[:, DEPTH], 0)[:, None]
     columns = torch.arange(drafts.shape[1], device=drafts.device)
-    filled = torch.where(columns < depth[:, None], entry[:, FIRST_DRAFT:], tokens[:, None])
+    drafted = entry[:, FIRST_DRAFT:]
+    is_valid = (columns < depth) & (drafted >= 0) & (drafted < vocab_size)
+    depth = is_valid.long().cumprod(dim=1).sum(dim=1)
+    filled = torch.where(columns < depth[:, None], drafted, tokens[:, None])
     drafts.copy_(torch.where(has_outcome[:, None], filled, 0))
     num_drafts.copy_(torch.where(has_outcome, torch.where(is_hit, depth, MISSED), 0))
     rounds.index_add_(0, slots, has_outcome.long())

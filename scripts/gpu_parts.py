@@ -166,8 +166,8 @@ def kernels(sizes: Sizes) -> list[dict[str, Any]]:
             "lookup",
             f"{rows} rows, {branches} branches",
             # The rounds are set back each time, or all but the first launches would miss.
-            lambda: (states[1].fill_(1), look_up(*outcome)),
-            lambda: (states[1].fill_(1), look_up_reference(*outcome)),
+            lambda: (states[1].fill_(1), look_up(*outcome, sizes.vocab)),
+            lambda: (states[1].fill_(1), look_up_reference(*outcome, sizes.vocab)),
             rows * (branches * 4 + k) * 8,
         ),
         (

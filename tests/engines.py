@@ -134,6 +134,12 @@ def is_running(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] != "Z"
 
 
+def give_up_draft(worker: Any) -> None:
+    """End the draft, and start no other; for `collective_rpc`."""
+    if worker._draft is not None:
+        worker._draft.supervisor.give_up("is ended by a test")
+
+
 def give_draft_time(worker: Any) -> None:
     """Slow the target down: a tiny one outruns its draft on some machines, and then nothing is foreseen."""
     runner = worker.model_runner

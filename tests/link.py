@@ -7,18 +7,20 @@ import numpy as np
 from vllm_ssd.channel import Start, ToDraft
 from vllm_ssd.draft_laws import DraftLaws
 from vllm_ssd.outcome import OutcomeCache
+from vllm_ssd.proposer import News
 
 
 class Link:
     """Stands in for `DraftSupervisor`."""
 
     step_seconds = 0.001
+    max_model_len = 1_000
 
     def __init__(self, cache: OutcomeCache, laws: DraftLaws) -> None:
         self.outcomes = cache
         self.table = laws
         self.ready = True
-        self.newly_ready = False
+        self.news = News.NOTHING  # of the next check
         self.sent: list[ToDraft] = []
 
     @property
@@ -29,16 +31,18 @@ class Link:
     def laws(self) -> DraftLaws | None:
         return self.table if self.ready else None
 
-    def check(self) -> bool:
-        newly, self.newly_ready = self.newly_ready, False
-        self.ready |= newly
-        return newly
+    def check(self) -> News:
+        news, self.news = self.news, News.NOTHING
+        if news is not News.NOTHING:
+            self.ready = news is News.READY
+        return news
 
     def give_up(self, reason: str) -> None:
         self.ready = False
 
-    def send(self, message: ToDraft) -> None:
+    def send(self, message: ToDraft) -> bool:
         self.sent.append(message)
+        return True
 
     def take_sent(self) -> list[ToDraft]:
         sent, self.sent = self.sent, []

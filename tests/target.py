@@ -121,7 +121,9 @@ class Target:
         path = Path(self._folder.name)
         self.engine = engine or toy_engine(setup)
         self.oracle = oracle or ToyOracle(setup.vocab)
-        self.cache = OutcomeCache(path, setup.max_slots, setup.budget, setup.num_drafts, create=True)
+        self.cache = OutcomeCache(
+            path, setup.max_slots, setup.budget, setup.num_drafts, setup.vocab, create=True
+        )
         self.laws = DraftLaws(path, setup.max_slots, setup.num_drafts, setup.vocab, create=True)
         self.counters = Counters(path / "draft", DRAFT_FIELDS, create=True)
         self.server = DraftServer(
@@ -216,7 +218,8 @@ class Target:
         for _ in range(steps_meanwhile):
             self.step()
         tokens = [*request.drafts[:k], token]
-        message = RoundOutcome(slot, request.epoch, request.round, tokens, drafts)
+        num_verified = len(request.drafts)
+        message = RoundOutcome(slot, request.epoch, request.round, tokens, drafts, num_verified)
         request.tokens += tokens
         request.drafts = drafts
         request.round += 1

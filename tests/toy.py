@@ -83,6 +83,7 @@ class ToyEngine:
         self.query_lens: list[int] = []
         self.num_copies = 0
         self.num_advances = 0
+        self.num_checks = 0
 
     def forward(self, rows: Rows) -> ToyPredictions:
         num_rows = len(rows.query_lens)
@@ -117,6 +118,9 @@ class ToyEngine:
         assert (self._rows.query_lens == 1).all()
         self.num_advances += 1
         return self.forward(replace(self._rows, tokens=self._drafts, positions=self._rows.positions + 1))
+
+    def check(self) -> None:
+        self.num_checks += 1
 
     def likeliest(self, places: list[Place], num_candidates: int) -> Candidates:
         states = [cast(ToyPredictions, step).states[row] for step, row in places]

@@ -18,8 +18,9 @@ from typing import Any
 
 import msgspec
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 MAX_UNSENT_BYTES = 64 << 20  # beside what the system holds; a draft that far behind is as good as gone
+GREEDY_BELOW = 1e-5  # temperature, as vLLM has it (`vllm.sampling_params._SAMPLING_EPS`)
 _READ_BYTES = 1 << 16
 _LENGTH = struct.Struct("<I")  # in bytes, before each message
 
@@ -57,6 +58,29 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     top_k: int = 0  # 0: all tokens
     top_p: float = 1.0
 
+    @classmethod
+    def of(cls, params: Any, seed: int, vocab_size: int) -> Sampling:
+        """What vLLM itself makes of a request's `SamplingParams`, as plain numbers within their bounds.
+
+        Clients choose these values: vLLM takes any `top_k` and seed, and in-process also numbers of NumPy's.
+
+        Args:
+            params: vLLM's, or None for a request that is not sampled.
+            seed: of any size; the low 64 bits count.
+            vocab_size: of the target; a `top_k` of as much is none.
+        """
+        if params is None or params.temperature < GREEDY_BELOW:
+            return cls()
+        from vllm_ssd.noise import wrapped_to_int64  # imports torch, which the draft may do only later
+
+        top_k = int(params.top_k)
+        return cls(
+            temperature=float(params.temperature),
+            seed=wrapped_to_int64(int(seed)),
+            top_k=top_k if 0 < top_k < vocab_size else 0,
+            top_p=float(params.top_p),
+        )
+
 
 class Start(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """A request takes a slot; `tokens` are its int32 token ids so far, little-endian."""
@@ -75,6 +99,7 @@ class RoundOutcome(msgspec.Struct, frozen=True, array_like=True):
     round: int
     tokens: list[int]  # the k accepted drafts, then the recovery or bonus token
     drafts: list[int]  # what the target verifies next
+    num_verified: int  # drafts that this outcome is of: the scheduler may have cut what was proposed
 
 
 class Outcomes(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -119,6 +144,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True, array_like=True):
     block_size: int  # tokens
     step_base: float  # seconds of a step over no row, as measured
     step_per_row: float  # and of each further row
+    max_model_len: int  # tokens of a request and its drafts; longer ones it cannot serve
     uses_gpu_table: bool = False  # and not the one in its folder
 
 
@@ -126,6 +152,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """The draft cannot serve, and why."""
 
     reason: str
+    is_final: bool = False  # another draft process would fail as well
 
 
 ToDraft = Start | Missed | Outcomes | Stop | Reset
@@ -161,6 +188,11 @@ class Channel:
         self._unread = bytearray()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(receives)
+
+    @property
+    def has_hung_up(self) -> bool:
+        """Whether the peer has gone, as far as sending and receiving have shown."""
+        return self._hung_up
 
     def send(self, message: ToDraft | ToTarget) -> bool:
         """Queue a message without waiting. False: nobody will read it, or the peer is too far behind."""

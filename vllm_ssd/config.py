@@ -100,8 +100,6 @@ class SSDSpeculativeConfig(SpeculativeConfig):
     """Seconds the draft process may take to load before the start-up fails."""
     ssd_stall_timeout: float = Field(default=2.0, gt=0)
     """Seconds without a sign of life after which the target stops asking the draft."""
-    ssd_max_restarts: int = Field(default=3, ge=0)
-    """How often a draft process that died is started again."""
     ssd_shared_dir: str | None = None
     """Where the engine makes the folder of what target and draft share; default: /dev/shm. Once configured,
     the name of that folder."""

@@ -22,6 +22,7 @@ DRAFT_FIELDS = (
     "branches",  # branches opened
     "adopted",  # branches adopted: their outcome came true
     "starved",  # times a request got no KV blocks
+    "dropped",  # requests dropped because a step with them failed
 )
 
 
@@ -33,7 +34,9 @@ def target_fields(num_speculative_tokens: int) -> tuple[str, ...]:
         "lookups",  # rows looked up in the outcome cache
         "hits",  # ... that were foreseen and had drafts
         "late",  # ... that were foreseen but had no draft token yet
-        "undrafted",  # rows with an outcome that wanted drafts while there was no draft process to ask
+        "undrafted",  # rows that wanted drafts of a draft that was not there, or did not know the request
+        "too_long",  # rows of requests longer than the draft's context
+        "failures",  # exceptions of SSD's own, see `vllm_ssd.guard`
         "drafts_served",  # draft tokens from the outcome cache
         "fallback_none",
         "fallback_ngram",

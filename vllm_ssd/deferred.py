@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,12 +21,15 @@ import torch
 from torch import Tensor
 
 from vllm_ssd.counters import Counters
+from vllm_ssd.guard import Guard
 from vllm_ssd.kernels.lookup import MISSED, look_up
-from vllm_ssd.outcome import OutcomeCache
+from vllm_ssd.outcome import NOT_INTRODUCED, OutcomeCache
 from vllm_ssd.planner import Plan
-from vllm_ssd.proposer import NOT_INTRODUCED, DraftLink, LiveRequest, LookedUp, Proposer
+from vllm_ssd.proposer import DraftLink, LiveRequest, LookedUp
 
 CLOSE_S = 2.0
+KEEP_UP_S = 60.0  # for rounds in flight; as long as no device takes, unless it hangs
+MOST_FAILURES = 3  # of look-ups in a row: the device cannot do them
 
 logger = logging.getLogger("vllm.ssd")
 
@@ -63,30 +67,33 @@ class DeferredRounds:
     The thread and its caller take turns at the proposer, under a lock.
 
     Args:
-        proposer: with `NoFallback`: nothing can be made up for a miss that the host hears of too late.
+        guard: of a proposer with `NoFallback`: nothing can be made up for a miss that the host hears of late.
         link: the draft process.
         counters: the target's.
         history: the requests' tokens; used by the thread, in the order of rounds, under the lock.
         max_num_reqs: the model runner's slots, which are also the outcome cache's.
         num_speculative_tokens: K.
+        vocab_size: V.
         device: where outcomes and drafts are.
     """
 
     def __init__(
         self,
-        proposer: Proposer,
+        guard: Guard,
         link: DraftLink,
         counters: Counters,
         history: History,
         max_num_reqs: int,
         num_speculative_tokens: int,
+        vocab_size: int,
         device: torch.device,
     ) -> None:
-        self._proposer = proposer
+        self._guard = guard
         self._link = link
         self._counters = counters
         self._history = history
         self._most_drafts = num_speculative_tokens
+        self._vocab_size = vocab_size
         self._device = device
         self._cache: OutcomeCache | None = None
         self._generation = -1
@@ -96,6 +103,7 @@ class DeferredRounds:
         self._rounds = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
         self._todo: queue.Queue[_Round | None] = queue.Queue()
         self._failed = self._closed = False
+        self._num_failures = 0  # of look-ups, in a row
         self._proposed: tuple[Sequence[str], list[list[int]]] = ([], [])
         self.lock = threading.Lock()
         self._thread = threading.Thread(target=self._follow_rounds, name="ssd-rounds", daemon=True)
@@ -132,8 +140,22 @@ class DeferredRounds:
             [B, K] int64 drafts, filled up with a valid token, and how many of each row are drafts: [B] int32.
         """
         began = time.perf_counter_ns()
-        self._keep_up_with_draft()
-        plan = self._proposer.planner.plan(len(request_ids))
+        try:
+            self._keep_up_with_draft()
+            drafts, num_drafts = self._look_up(request_ids, slots, num_sampled, last_sampled)
+            self._num_failures = 0
+        except Exception:
+            self._guard.note_failure()
+            self._recover(request_ids)
+            drafts = last_sampled[slots][:, None].repeat(1, self._most_drafts)
+            num_drafts = torch.zeros(len(request_ids), dtype=torch.int32, device=self._device)
+        self._counters.add("critical_path_ns", time.perf_counter_ns() - began)
+        return drafts, num_drafts
+
+    def _look_up(
+        self, request_ids: Sequence[str], slots: Tensor, num_sampled: Tensor, last_sampled: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        plan = self._guard.plan(len(request_ids))
         drafts = torch.empty(len(request_ids), self._most_drafts, dtype=torch.int64, device=self._device)
         found = torch.empty(len(request_ids), dtype=torch.int32, device=self._device)
         last = last_sampled[slots]
@@ -142,32 +164,65 @@ class DeferredRounds:
             found.fill_(MISSED)
         else:
             look_up(
-                self._entries, slots, self._epochs, self._rounds, num_sampled, last_sampled, drafts, found
+                self._entries,
+                slots,
+                self._epochs,
+                self._rounds,
+                num_sampled,
+                last_sampled,
+                drafts,
+                found,
+                self._vocab_size,
             )
             found.clamp_(max=plan.num_drafts)
         columns = torch.cat([torch.stack([num_sampled.long(), last, found.long()], dim=1), drafts], dim=1)
-        requests = [self._proposer.live(request_id) for request_id in request_ids]
+        requests = [self._guard.live(request_id) for request_id in request_ids]
         had_draft = self._entries is not None
-        self._todo.put(_Round(request_ids, requests, plan, had_draft, *self._to_host(columns)))
-        self._counters.add("critical_path_ns", time.perf_counter_ns() - began)
+        if not self._failed:
+            self._todo.put(_Round(request_ids, requests, plan, had_draft, *self._to_host(columns)))
         return drafts, found.clamp(min=0)
+
+    def _recover(self, request_ids: Sequence[str]) -> None:
+        """A look-up failed: the host will not hear of these outcomes, and the requests' tokens have a gap."""
+        with self.lock:
+            self._guard.exclude(request_ids)
+        self._generation = -1  # epochs and rounds are read anew
+        self._num_failures += 1
+        if self._num_failures >= MOST_FAILURES:
+            self._give_up()
 
     def proposed(self) -> tuple[Sequence[str], list[list[int]]]:
         """The last step's requests and their drafts, without the filling. Waits for that step to end."""
-        self._todo.join()
+        with suppress(RuntimeError):
+            self._join()
         return self._proposed
+
+    def _join(self) -> None:
+        """Wait until the thread has dealt with the rounds in flight.
+
+        Raises:
+            RuntimeError: if it never will.
+        """
+        deadline = time.monotonic() + KEEP_UP_S
+        with self._todo.all_tasks_done:
+            while self._todo.unfinished_tasks:
+                if not self._thread.is_alive() or time.monotonic() > deadline:
+                    raise RuntimeError("the thread that follows the rounds has ended, or hangs")
+                self._todo.all_tasks_done.wait(0.1)
 
     def _keep_up_with_draft(self) -> None:
         """Look up in the table of the draft that is ready now, with the epochs that it knows."""
-        cache, generation = None if self._failed else self._link.cache, self._proposer.generation
+        if self._failed:
+            self._entries = None
+            return
+        cache, generation = self._link.cache, self._guard.generation
         if cache is self._cache and generation == self._generation:
             return
-        self._todo.join()  # the rounds in flight are counted; this happens once in a draft's life
+        self._join()  # the rounds in flight are counted; this happens seldom in a draft's life
         with self.lock:
-            # It may have changed again.
-            self._cache = None if self._failed else self._link.cache
-            self._generation = self._proposer.generation
-            keys = self._proposer.keys()
+            self._cache = None if self._failed else self._link.cache  # it may have changed again
+            self._generation = self._guard.generation
+            keys = self._guard.keys()
         self._unmap()
         self._entries = None if self._cache is None else self._mapped(self._cache)
         self._epochs.fill_(NOT_INTRODUCED)
@@ -214,28 +269,36 @@ class DeferredRounds:
                 if round_.is_there is not None:
                     round_.is_there.synchronize()
                 if not self._failed:
-                    self._take_in(round_)
+                    self._receive(round_)
             except Exception:
-                # Without bookkeeping nothing can be foreseen any more, but every request is still answered.
-                logger.exception("SSD has failed; decoding goes on without it")
-                self._failed, self._proposed = True, ([], [])
-                with self.lock:
-                    self._link.give_up("works for nobody any more")
+                self._guard.note_failure()
+                self._give_up()
             finally:
                 self._todo.task_done()
 
-    def _take_in(self, round_: _Round) -> None:
+    def _give_up(self) -> None:
+        """Without bookkeeping nothing can be predicted any more, but every request is still answered."""
+        self._failed, self._proposed = True, ([], [])
+        with self.lock:
+            self._link.give_up("works for nobody any more")
+
+    def _receive(self, round_: _Round) -> None:
         rows = round_.found.tolist()
+        served = [row[3 : 3 + row[2]] if row[2] != MISSED else None for row in rows]
         with self.lock:
             # A request that left the batch since then, and perhaps came again, has no use for the outcome.
             counts = [
-                row[0] if self._proposer.live(request_id) is request else 0
+                row[0] if self._guard.live(request_id) is request else 0
                 for request_id, request, row in zip(round_.request_ids, round_.requests, rows, strict=True)
             ]
-            sampled = self._history.new_tokens(round_.request_ids, counts, [row[1] for row in rows])
-            served = [row[3 : 3 + row[2]] if row[2] != MISSED else None for row in rows]
-            was_asked = round_.had_draft and round_.plan.num_drafts > 0
-            found = LookedUp(round_.plan, served if was_asked else None)
-            self._proposer.take_in(round_.request_ids, sampled, found)
-            self._history.extend(round_.request_ids, sampled)
+            try:
+                sampled = self._history.new_tokens(round_.request_ids, counts, [row[1] for row in rows])
+                self._history.extend(round_.request_ids, sampled)
+            except Exception:
+                self._guard.note_failure()
+                self._guard.exclude(round_.request_ids)
+            else:
+                was_asked = round_.had_draft and round_.plan.num_drafts > 0
+                found = LookedUp(round_.plan, served if was_asked else None)
+                self._guard.receive(round_.request_ids, sampled, found)
         self._proposed = round_.request_ids, [row or [] for row in served]

@@ -8,7 +8,7 @@ on, as measured.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,14 +17,14 @@ import numpy.typing as npt
 
 from vllm_ssd.channel import Missed, MissedRow, ToDraft
 from vllm_ssd.costs import DRAFT, NGRAM, NONE, Costs
-from vllm_ssd.outcome import Outcome, OutcomeCache
+from vllm_ssd.outcome import NOT_INTRODUCED, Outcome, OutcomeCache
 
 MIN_NGRAM, MAX_NGRAM = 3, 5
 POLL_S = 50e-6
 PATIENCE = 4  # times as long as the draft's steps take on average
 MOST_PATIENCE_S = 0.25
-SILENCE_S = 1.0  # in which a request that got nothing is not asked for
-MOST_SILENT = 1024  # requests remembered
+SILENCE_S = 1.0  # in which nobody is asked for after a wait in vain; twice as long after each further one
+MOST_SILENCE_S = 60.0
 TRY_OTHER_EVERY = 32  # misses, after which `auto` tries what it did not choose, to go on measuring it
 
 Matcher = Callable[[npt.NDArray[np.int32], int, int, int, int], list[int]]
@@ -63,8 +63,8 @@ class DraftAccess(Protocol):
         """What a step of the draft without prompts took of late, 0 before the first."""
         ...
 
-    def send(self, message: ToDraft) -> None:
-        """Tell the draft; a draft that cannot be told is no longer ready."""
+    def send(self, message: ToDraft) -> bool:
+        """Tell the draft; False if it cannot be told."""
         ...
 
 
@@ -114,7 +114,8 @@ class JustInTimeFallback:
 
     def __init__(self, costs: Costs) -> None:
         self._costs = costs
-        self._silent_until: dict[str, float] = {}  # by request, when it is asked for again
+        self._silence_s = SILENCE_S
+        self._silent_until = 0.0
 
     def propose(self, missed: Sequence[MissedOutcome], num_drafts: int, draft: DraftAccess) -> list[Drafts]:
         num_askable = len(self.askable(missed, draft))
@@ -123,10 +124,9 @@ class JustInTimeFallback:
 
     def askable(self, missed: Sequence[MissedOutcome], draft: DraftAccess) -> list[MissedOutcome]:
         """The rows that the draft may have drafts for."""
-        if draft.cache is None or not draft.step_seconds:
+        if draft.cache is None or not draft.step_seconds or time.perf_counter() < self._silent_until:
             return []
-        now = time.perf_counter()
-        return [row for row in missed if self._silent_until.get(row.request_id, now) <= now]
+        return [row for row in missed if row.outcome.epoch != NOT_INTRODUCED]
 
     def best_length(self, num_missed: int, num_drafts: int, step_seconds: float) -> tuple[int, float]:
         """The number of drafts that makes the batch fastest, and how fast: 0 where waiting never pays.
@@ -152,35 +152,43 @@ class JustInTimeFallback:
             for row in asked
         ]
         draft.send(Missed(rows))
-        answers = _await_depth(draft, [row.outcome for row in asked], length)
+        answers, is_in_vain = _await_depth(draft, [row.outcome for row in asked], length)
         found = {
             row.request_id: drafts[:length] for row, drafts in zip(asked, answers, strict=True) if drafts
         }
-        self._remember_silent(asked, found)
+        self._remember(is_in_vain)
         return [
             Drafts(DRAFT, found[row.request_id]) if row.request_id in found else NOTHING for row in missed
         ]
 
-    def _remember_silent(self, asked: Sequence[MissedOutcome], found: Mapping[str, list[int]]) -> None:
-        """A request that got nothing may be too long for the draft, or in its prefill: not so soon again."""
-        if len(self._silent_until) > MOST_SILENT:
-            self._silent_until.clear()
-        until = time.perf_counter() + SILENCE_S
-        self._silent_until |= {row.request_id: until for row in asked if row.request_id not in found}
+    def _remember(self, is_in_vain: bool) -> None:
+        """A draft that does not answer, such as in a step over a long prompt, costs the whole batch time."""
+        if is_in_vain:
+            self._silent_until = time.perf_counter() + self._silence_s
+            self._silence_s = min(2 * self._silence_s, MOST_SILENCE_S)
+        else:
+            self._silence_s = SILENCE_S
 
 
-def _await_depth(draft: DraftAccess, outcomes: list[Outcome], length: int) -> list[list[int] | None]:
-    """The drafts of each outcome once all have so many, or what there is when patience ends."""
+def _await_depth(
+    draft: DraftAccess, outcomes: list[Outcome], length: int
+) -> tuple[list[list[int] | None], bool]:
+    """The drafts of each outcome once each has so many or is declined, or what there is when patience ends.
+
+    Returns:
+        [n] drafts, and whether some outcome had neither drafts nor a refusal.
+    """
     patience = min(PATIENCE * (length + 1) * draft.step_seconds, MOST_PATIENCE_S)
     deadline = time.perf_counter() + patience
-    while draft.cache is not None:
-        found = draft.cache.look_up(outcomes)
-        if all(drafts is not None and len(drafts) >= length for drafts in found):
-            return found
+    while (cache := draft.cache) is not None:
+        found, declined = cache.look_up(outcomes), cache.declined(outcomes)
+        answered = [bool(drafts) or no for drafts, no in zip(found, declined, strict=True)]
+        if all(no or len(drafts or ()) >= length for drafts, no in zip(found, declined, strict=True)):
+            return found, False
         if time.perf_counter() > deadline:
-            return found
+            return found, not all(answered)
         time.sleep(POLL_S)
-    return [None] * len(outcomes)
+    return [None] * len(outcomes), False
 
 
 class AutoFallback:

@@ -31,9 +31,16 @@ METRICS: dict[str, tuple[str, str, float]] = {
     "vllm:ssd_cache_hits": ("Lookups that found drafts.", "hits", 1),
     "vllm:ssd_cache_late": ("Lookups whose outcome was foreseen but had no drafts yet.", "late", 1),
     "vllm:ssd_drafts_served": ("Draft tokens that lookups found.", "drafts_served", 1),
-    "vllm:ssd_undrafted": ("Outcomes while there was no draft process to ask.", "undrafted", 1),
+    "vllm:ssd_undrafted": (
+        "Outcomes while there was no draft process to ask, or one that did not know the request.",
+        "undrafted",
+        1,
+    ),
+    "vllm:ssd_too_long": ("Outcomes of requests longer than the draft's context.", "too_long", 1),
+    "vllm:ssd_failures": ("Errors of SSD's own, each of which cost a step its drafts.", "failures", 1),
+    "vllm:ssd_draft_dropped": ("Requests the draft dropped since a step with them failed.", "dropped", 1),
     "vllm:ssd_fallback_none": (
-        "Rows that missed, or had no draft process to ask, and went on without drafts.",
+        "Rows that found no drafts and went on without.",
         "fallback_none",
         1,
     ),

@@ -27,6 +27,8 @@ Int64Array = npt.NDArray[np.int64]
 
 EPOCH, ROUND, ACCEPTED, TOKEN, DEPTH, FIRST_DRAFT = range(6)  # what an entry's columns hold
 KEY = slice(EPOCH, DEPTH)
+DECLINED = -1  # depth of an outcome that the draft was asked about and cannot draft for
+NOT_INTRODUCED = -1  # epoch of a request that the draft does not know; no entry has it
 TABLE_FILE = "outcome-cache"
 
 
@@ -48,6 +50,7 @@ class OutcomeCache:
         max_slots: requests at once.
         branch_budget: entries of a slot.
         num_speculative_tokens: K, the drafts an entry can hold.
+        vocab_size: V; what is no token of it is not served, whoever has written it.
         create: True in the process that owns the file (the target's worker).
     """
 
@@ -57,6 +60,7 @@ class OutcomeCache:
         max_slots: int,
         branch_budget: int,
         num_speculative_tokens: int,
+        vocab_size: int,
         *,
         create: bool,
     ) -> None:
@@ -64,6 +68,7 @@ class OutcomeCache:
         self._path = shared_dir / TABLE_FILE
         self.entries: Int64Array = map_array(self._path, np.int64, shape, create=create)
         self.num_speculative_tokens = num_speculative_tokens
+        self._vocab_size = vocab_size
         self.gpu_entries: Tensor | None = None  # if there, the draft publishes in these (`outcome_gpu`)
 
     def unlink(self) -> None:
@@ -75,20 +80,31 @@ class OutcomeCache:
 
         An empty list means that the draft foresaw the outcome but had no token for it yet.
         """
+        results: list[list[int] | None] = []
+        for entry in self._entries_of(outcomes):
+            if entry is None:
+                results.append(None)
+                continue
+            drafts = entry[FIRST_DRAFT : FIRST_DRAFT + max(0, int(entry[DEPTH]))].tolist()
+            # The target embeds them: a damaged table must not end it.
+            results.append(drafts if all(0 <= token < self._vocab_size for token in drafts) else None)
+        return results
+
+    def declined(self, outcomes: list[Outcome]) -> list[bool]:
+        """[n] whether the draft has said that there will be no drafts of this outcome."""
+        return [entry is not None and int(entry[DEPTH]) == DECLINED for entry in self._entries_of(outcomes)]
+
+    def _entries_of(self, outcomes: list[Outcome]) -> list[Int64Array | None]:
+        """[n] a copy of each outcome's entry [5 + K]."""
         if not outcomes:
             return []
         keys = np.array(outcomes, dtype=np.int64)  # [B, 5]: slot, epoch, round, k, token
         entries = self.entries[keys[:, 0]]  # [B, branch_budget, 5 + K], a copy
         found = (entries[:, :, KEY] == keys[:, None, 1:]).all(axis=2)  # [B, branch_budget]
         which = found.argmax(axis=1)
-        results: list[list[int] | None] = []
-        for row, branch in enumerate(which.tolist()):
-            if not found[row, branch]:
-                results.append(None)
-                continue
-            entry = entries[row, branch]
-            results.append(entry[FIRST_DRAFT : FIRST_DRAFT + int(entry[DEPTH])].tolist())
-        return results
+        return [
+            entries[row, branch] if found[row, branch] else None for row, branch in enumerate(which.tolist())
+        ]
 
     def open_branches(
         self, slot: int, first: int, epoch: int, round_: int, ks: Int64Array, tokens: Int64Array
@@ -107,6 +123,13 @@ class OutcomeCache:
         entries = self.entries[slot, first : first + len(tokens)]
         entries[:, FIRST_DRAFT + depth] = tokens
         entries[:, DEPTH] = depth + 1
+
+    def decline(self, outcome: Outcome) -> None:
+        """Say that there will be no drafts of this outcome, whose slot has no branches."""
+        self.open_branches(
+            outcome.slot, 0, outcome.epoch, outcome.round, np.array([outcome.k]), np.array([outcome.token])
+        )
+        self.entries[outcome.slot, 0, DEPTH] = DECLINED
 
     def close_branches(self, slot: int) -> None:
         """Make every entry of the slot unmatchable."""

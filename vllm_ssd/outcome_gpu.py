@@ -19,7 +19,7 @@ from vllm.distributed.device_communicators.cuda_wrapper import CudaRTLibrary, cu
 from vllm.logger import init_logger
 
 from vllm_ssd.kernels.publish import replace
-from vllm_ssd.outcome import ACCEPTED, EPOCH, ROUND, TOKEN, Int64Array
+from vllm_ssd.outcome import ACCEPTED, DECLINED, EPOCH, FIRST_DRAFT, ROUND, TOKEN, Int64Array, Outcome
 
 logger = init_logger("vllm.ssd")
 
@@ -115,6 +115,13 @@ class GpuOutcomeCache:
     def close_branches(self, slot: int) -> None:
         """See `OutcomeCache.close_branches`."""
         self._replace(slot, 0, np.zeros((self._budget, self._width), dtype=np.int64))
+
+    def decline(self, outcome: Outcome) -> None:
+        """See `OutcomeCache.decline`."""
+        entry = (outcome.epoch, outcome.round, outcome.k, outcome.token, DECLINED)
+        new = np.zeros((1, self._width), dtype=np.int64)
+        new[:, :FIRST_DRAFT] = entry
+        self._replace(outcome.slot, 0, new)
 
     def _replace(self, slot: int, first: int, new: Int64Array) -> None:
         replace(self._entries, slot * self._budget + first, torch.from_numpy(new).to(self._device))

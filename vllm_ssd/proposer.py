@@ -7,25 +7,45 @@ without a draft every row simply goes on with its fallback.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 import numpy as np
 
 from vllm_ssd.channel import Outcomes, RoundOutcome, Sampling, Start, Stop
-from vllm_ssd.costs import DRAFT, Costs
+from vllm_ssd.costs import DRAFT, Costs, RunningMean
 from vllm_ssd.counters import Counters
 from vllm_ssd.draft_laws import DraftLaw, DraftLaws, PointMass
 from vllm_ssd.fallback import NOTHING, DraftAccess, Drafts, Fallback, MissedOutcome
-from vllm_ssd.outcome import Outcome, OutcomeCache
+from vllm_ssd.outcome import NOT_INTRODUCED, Outcome, OutcomeCache
 from vllm_ssd.planner import Plan, RoundPlanner
 
-NOT_INTRODUCED = -1  # epoch of a request that the draft does not know; no entry has it
 POLL_S = 50e-6
 LAWS_DEADLINE_S = 0.01  # for a whole step; they are there before a verification ends, unless the draft is not
+MOST_LAWS_LATE = 0.1  # share of rows; where more are late, waiting for them brings nothing
+TRY_LAWS_EVERY = 32  # steps, to see whether that is still so
+FIRST_LAWS = 64  # steps, before anything is concluded
+INTRODUCED_TOKENS = (
+    16_384  # of running requests, in one round: packing and sending them takes the target's time
+)
+WATCHED_LOOKUPS = 1_000
+LEAST_ACCEPTED = 0.05  # drafts for each of those look-ups
 GREEDY = Sampling()
+
+logger = logging.getLogger("vllm.ssd")
+
+
+class News(Enum):
+    """What `DraftLink.check` has noticed."""
+
+    NOTHING = "nothing"
+    READY = "ready"  # a draft that knows no request: it has just loaded, or was told to forget them
+    DIED = "died"  # while it served; one of the requests that it served may be why
 
 
 class DraftLink(DraftAccess, Protocol):
@@ -36,8 +56,13 @@ class DraftLink(DraftAccess, Protocol):
         """What served drafts were drawn from, while the draft is ready and draws any."""
         ...
 
-    def check(self) -> bool:
-        """Notice what happened to the draft; True when it has become ready and knows no request yet."""
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of a request and its drafts that the draft can serve."""
+        ...
+
+    def check(self) -> News:
+        """Notice what happened to the draft."""
         ...
 
     def give_up(self, reason: str) -> None:
@@ -52,6 +77,8 @@ class LiveRequest:
     slot: int
     is_slot_ours: bool  # not the model runner's
     sampling: Sampling
+    length: int  # tokens so far
+    is_excluded: bool = False  # from being introduced: it may be what the draft, or a round, failed of
     epoch: int = NOT_INTRODUCED
     round: int = 0
     drafts: Drafts = NOTHING  # what is being verified
@@ -74,6 +101,12 @@ class _Row:
     request: LiveRequest
     outcome: Outcome
     sampled: list[int]  # accepted drafts, then the recovery or bonus token
+    num_verified: int
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the draft knows the request."""
+        return self.outcome.epoch != NOT_INTRODUCED
 
 
 class Proposer:
@@ -87,6 +120,8 @@ class Proposer:
         history: a request's tokens so far, prompt and output.
         counters: the target's counters (`vllm_ssd.counters.target_fields`).
         planner: how many drafts a round verifies and how many branches the draft makes.
+        vocab_size: V, of target and draft.
+        num_speculative_tokens: K.
         wait_s: how long a round may wait for foreseen outcomes to reach depth K, in seconds.
     """
 
@@ -99,6 +134,8 @@ class Proposer:
         history: Callable[[str], list[int]],
         counters: Counters,
         planner: RoundPlanner,
+        vocab_size: int,
+        num_speculative_tokens: int,
         wait_s: float = 0.0,
     ) -> None:
         self._link = link
@@ -107,11 +144,18 @@ class Proposer:
         self._costs = costs
         self._history = history
         self._counters = counters
+        self._vocab_size = vocab_size
+        self._most_drafts = num_speculative_tokens
+        self._asked_depth = num_speculative_tokens  # what the draft was told to reach
         self._wait_s = wait_s
+        self._num_laws = 0
+        self._laws_late = RunningMean(0.0)
+        self._num_accepted = 0
+        self._watches = True  # for a draft of which nothing is ever accepted
         self._live: dict[str, LiveRequest] = {}
         self._free_slots = list(range(max_slots - 1, -1, -1))
         self._last_epoch = 0
-        self.generation = 0  # how often all requests were introduced anew
+        self.generation = 0  # how often epochs of running requests have changed
 
     def start(
         self, request_id: str, tokens: list[int], sampling: Sampling = GREEDY, slot: int | None = None
@@ -127,9 +171,9 @@ class Proposer:
             Its epoch, NOT_INTRODUCED while there is no draft.
         """
         ours = slot is None
-        request = LiveRequest(self._free_slots.pop() if slot is None else slot, ours, sampling)
+        request = LiveRequest(self._free_slots.pop() if slot is None else slot, ours, sampling, len(tokens))
         self._live[request_id] = request
-        if self._link.cache is not None:
+        if self._link.cache is not None and self._can_serve(request):
             self._introduce(request, tokens)
         return request.epoch
 
@@ -140,29 +184,34 @@ class Proposer:
             return
         if request.is_slot_ours:
             self._free_slots.append(request.slot)
-        if self._link.cache is not None:
-            self._link.send(Stop(request.slot, request.epoch))
+        self._withdraw(request)
 
-    def propose(self, request_ids: Sequence[str], sampled: Sequence[list[int]]) -> list[list[int]]:
+    def propose(
+        self,
+        request_ids: Sequence[str],
+        sampled: Sequence[list[int]],
+        num_verified: Sequence[int] | None = None,
+    ) -> list[list[int]]:
         """Drafts for the next verification of each row.
 
         Args:
             request_ids: [B], the rows of the step.
             sampled: [B], each row's accepted drafts followed by the recovery or bonus token; empty for a row
                 without an outcome (a prompt that is not prefilled yet).
+            num_verified: [B], drafts that were verified; None: all that were proposed.
 
         Returns:
             [B] lists of 0..K draft tokens.
         """
         began = time.perf_counter_ns()
-        if self._link.check():
-            self._introduce_all()
-            for request_id in request_ids:
-                if (request := self._live.get(request_id)) is not None:
-                    request.drafts = NOTHING
-            drafts: list[list[int]] = [[] for _ in request_ids]  # the draft has only just heard of them
-        else:
-            drafts = self._propose(request_ids, sampled)
+        self._hear_of_draft()
+        drafts: list[list[int]] = [[] for _ in request_ids]
+        rows = self._rows(request_ids, sampled, num_verified)
+        if rows:
+            plan = self.planner.plan(len(rows))
+            found = self._look_up([row.outcome for row in rows], plan.num_drafts)
+            for row, chosen in zip(rows, self._go_on(rows, plan, found), strict=True):
+                drafts[row.index] = chosen
         self._counters.add("rounds")
         self._counters.add("critical_path_ns", time.perf_counter_ns() - began)
         return drafts
@@ -180,20 +229,42 @@ class Proposer:
         """Epoch and round of each slot's request: what its next outcome is looked up with."""
         return {request.slot: (request.epoch, request.round) for request in self._live.values()}
 
-    def take_in(self, request_ids: Sequence[str], sampled: Sequence[list[int]], found: LookedUp) -> None:
-        """A step whose outcomes were looked up already (`vllm_ssd.deferred`); the history is that before it.
+    def receive(self, request_ids: Sequence[str], sampled: Sequence[list[int]], found: LookedUp) -> None:
+        """A step whose outcomes were looked up already (`vllm_ssd.deferred`).
 
         Args:
             request_ids, sampled: [B], as for `propose`.
             found: what the rows found, and is being verified.
         """
-        if self._link.check():
-            self._introduce_all()
+        self._hear_of_draft()
         rows = self._rows(request_ids, sampled)
         if rows:
             drafts = None if found.drafts is None else [found.drafts[row.index] for row in rows]
             self._go_on(rows, found.plan, drafts)
         self._counters.add("rounds")
+
+    def abandon(self, request_ids: Sequence[str], verified: Sequence[list[int] | None] | None = None) -> None:
+        """A round of these requests failed midway: they are introduced anew at their next outcome.
+
+        Args:
+            verified: [B], the drafts that are being verified all the same; None: there are none.
+        """
+        for index, request_id in enumerate(request_ids):
+            request = self._live.get(request_id)
+            if request is not None:
+                with suppress(Exception):  # what failed may be the link
+                    self._withdraw(request)
+                request.epoch = NOT_INTRODUCED
+                drafts = verified[index] if verified is not None else None
+                request.drafts = Drafts(DRAFT, drafts) if drafts else NOTHING
+        self.generation += 1
+
+    def exclude(self, request_ids: Sequence[str]) -> None:
+        """These requests go on without drafts for good."""
+        self.abandon(request_ids)
+        for request_id in request_ids:
+            if (request := self._live.get(request_id)) is not None:
+                request.is_excluded = True
 
     def laws(self, request_ids: Sequence[str], num_drafts: Sequence[int]) -> list[DraftLaw]:
         """What the drafts were drawn from that are being verified, for ratio verification.
@@ -206,50 +277,63 @@ class Proposer:
             [B]
         """
         began = time.perf_counter()
-        deadline = began + LAWS_DEADLINE_S
+        self._num_laws += 1
+        are_late = self._num_laws > FIRST_LAWS and self._laws_late.value > MOST_LAWS_LATE
+        waits = not are_late or self._num_laws % TRY_LAWS_EVERY == 0
+        deadline = began + (LAWS_DEADLINE_S if waits else 0)
         found = [
-            self._law(self._live.get(name), count, deadline)
+            self._law(self._live.get(name), count, deadline, waits)
             for name, count in zip(request_ids, num_drafts, strict=True)
         ]
         self._counters.add("critical_path_ns", int((time.perf_counter() - began) * 1e9))
         return found
 
-    def _law(self, request: LiveRequest | None, num_drafts: int, deadline: float) -> DraftLaw:
+    def _law(self, request: LiveRequest | None, num_drafts: int, deadline: float, waits: bool) -> DraftLaw:
         if request is None or not num_drafts:
             return PointMass()
         if request.drafts.kind != DRAFT or not request.sampling.temperature:
             return PointMass()
+        law = None
         while (laws := self._link.laws) is not None:
             law = laws.read(request.slot, request.epoch, request.round, num_drafts)
-            if law is not None:
-                return law
             began = time.perf_counter()
-            if began > deadline:
+            if law is not None or began >= deadline:
                 break
             time.sleep(POLL_S)
             self._counters.add("wait_ns", int((time.perf_counter() - began) * 1e9))
-        self._counters.add("laws_late")
-        return PointMass()
+        if waits:
+            self._laws_late.add(float(law is None))
+        if law is None:
+            self._counters.add("laws_late")
+            return PointMass()
+        return law
 
-    def _propose(self, request_ids: Sequence[str], sampled: Sequence[list[int]]) -> list[list[int]]:
-        drafts: list[list[int]] = [[] for _ in request_ids]
-        rows = self._rows(request_ids, sampled)
-        if rows:
-            plan = self.planner.plan(len(rows))
-            found = self._look_up([row.outcome for row in rows], plan.num_drafts)
-            for row, chosen in zip(rows, self._go_on(rows, plan, found), strict=True):
-                drafts[row.index] = chosen
-        return drafts
+    def _hear_of_draft(self) -> None:
+        news = self._link.check()
+        if news is News.DIED:
+            for request in self._live.values():
+                request.is_excluded |= request.epoch != NOT_INTRODUCED
+        if news is not News.NOTHING:
+            self.generation += 1
+            for request in self._live.values():
+                request.epoch = NOT_INTRODUCED
 
-    def _rows(self, request_ids: Sequence[str], sampled: Sequence[list[int]]) -> list[_Row]:
+    def _rows(
+        self,
+        request_ids: Sequence[str],
+        sampled: Sequence[list[int]],
+        num_verified: Sequence[int] | None = None,
+    ) -> list[_Row]:
         """Those with an outcome, of which what they yielded and took is measured."""
         rows = []
         for index, (request_id, tokens) in enumerate(zip(request_ids, sampled, strict=True)):
             request = self._live.get(request_id)
             if tokens and request is not None:
-                k = len(tokens) - 1
+                k, proposed = len(tokens) - 1, len(request.drafts.tokens)
                 outcome = Outcome(request.slot, request.epoch, request.round, k, tokens[-1])
-                rows.append(_Row(index, request_id, request, outcome, tokens))
+                verified = proposed if num_verified is None else min(proposed, num_verified[index])
+                request.length += len(tokens)
+                rows.append(_Row(index, request_id, request, outcome, tokens, verified))
         if rows:
             self._measure(rows)
         return rows
@@ -262,34 +346,53 @@ class Proposer:
         Args:
             found: see `LookedUp.drafts`, of these rows.
         """
-        if found is None:
-            if plan.num_drafts:
-                self._counters.add("undrafted", len(rows))
-            found = [None] * len(rows)
-        else:
+        if plan.num_drafts:
             self._count(rows, found)
+        found = found or [None] * len(rows)
         missed = []
         for row, drafts in zip(rows, found, strict=True):
-            if drafts is None:
-                missed.append(row)
-            else:
+            if drafts:
                 row.request.drafts = Drafts(DRAFT, drafts)
+            else:  # not predicted, or no draft token is there yet
+                missed.append(row)
         for row, instead in zip(missed, self._fall_back(missed, plan.num_drafts), strict=True):
-            row.request.drafts = instead
+            row.request.drafts = Drafts(instead.kind, self._valid(instead.tokens))
+        self._tell(rows, plan)
+        return [row.request.drafts.tokens for row in rows]
+
+    def _tell(self, rows: Sequence[_Row], plan: Plan) -> None:
+        """Tell the draft the outcomes and what is verified next, and introduce who it does not know yet."""
         messages = []
         for row in rows:
             outcome, tokens = row.outcome, row.request.drafts.tokens
-            messages.append(RoundOutcome(outcome.slot, outcome.epoch, outcome.round, row.sampled, tokens))
             row.request.round += 1
-        if self._link.cache is not None:
-            self._link.send(Outcomes(messages, plan.num_drafts, plan.branch_budget))
-        return [row.request.drafts.tokens for row in rows]
+            if row.is_known:
+                messages.append(
+                    RoundOutcome(
+                        outcome.slot, outcome.epoch, outcome.round, row.sampled, tokens, row.num_verified
+                    )
+                )
+        if self._link.cache is None:
+            return
+        self._link.send(Outcomes(messages, plan.num_drafts, plan.branch_budget))
+        self._asked_depth = plan.num_drafts
+        room = INTRODUCED_TOKENS
+        for row in rows:
+            if not self._can_serve(row.request):
+                self._withdraw(row.request)
+            elif not row.is_known and room > 0:
+                tokens = self._history(row.request_id)
+                room -= len(tokens)
+                self._introduce(row.request, tokens)
+                self.generation += 1
 
     def _measure(self, rows: Sequence[_Row]) -> None:
         for row in rows:
-            self._costs.add_row(row.request.drafts.kind, len(row.request.drafts.tokens), row.outcome.k)
+            self._costs.add_row(row.request.drafts.kind, row.num_verified, row.outcome.k)
+            if row.request.drafts.kind == DRAFT:
+                self._num_accepted += row.outcome.k
         seconds = self._costs.add_round(sum(len(row.sampled) for row in rows))
-        num_verified = sum(1 + len(row.request.drafts.tokens) for row in rows)
+        num_verified = sum(1 + row.num_verified for row in rows)
         self.planner.add_round(len(rows), num_verified, seconds)
 
     def _look_up(self, outcomes: list[Outcome], num_drafts: int) -> list[list[int] | None] | None:
@@ -306,8 +409,9 @@ class Proposer:
         if not self._wait_s:
             return found
         began = time.perf_counter()
+        depth = min(num_drafts, self._asked_depth)
         while time.perf_counter() - began < self._wait_s and any(
-            drafts is not None and len(drafts) < num_drafts for drafts in found
+            drafts is not None and len(drafts) < depth for drafts in found
         ):
             time.sleep(POLL_S)
             found = cache.look_up(outcomes)
@@ -326,8 +430,14 @@ class Proposer:
             self._counters.add("wait_ns", time.perf_counter_ns() - began)
         return drafts
 
-    def _count(self, rows: Sequence[_Row], found: Sequence[list[int] | None]) -> None:
+    def _count(self, rows: Sequence[_Row], found: Sequence[list[int] | None] | None) -> None:
+        if found is None:
+            self._counters.add("undrafted", len(rows))
+            return
         for row, served in zip(rows, found, strict=True):
+            if not row.is_known and not served:
+                self._counters.add("undrafted" if self._fits(row.request) else "too_long")
+                continue
             self.planner.add_row(len(rows), bool(row.request.drafts.tokens), served is not None)
             self._counters.add("lookups")
             self._counters.add(f"lookups_k{row.outcome.k}")
@@ -337,14 +447,43 @@ class Proposer:
                 self._counters.add("drafts_served", len(served))
             elif served is not None:
                 self._counters.add("late")
+        self._watch()
 
-    def _introduce_all(self) -> None:
-        self.generation += 1
-        for request_id, request in self._live.items():
-            self._introduce(request, self._history(request_id))
+    def _watch(self) -> None:
+        """Say so, once, if the draft brings nothing: its own part, be it ever so wrong, is exact."""
+        if self._watches and self._counters["lookups"] >= WATCHED_LOOKUPS:
+            self._watches = False
+            if self._num_accepted < LEAST_ACCEPTED * WATCHED_LOOKUPS:
+                logger.warning(
+                    "SSD: of the first %d outcomes only %d drafts came to be accepted: use a draft with the "
+                    "target's tokenizer and of its family, or, where vllm:ssd_cache_late grows, a faster one",
+                    self._counters["lookups"],
+                    self._num_accepted,
+                )
+
+    def _valid(self, tokens: list[int]) -> list[int]:
+        """Those before the first that cannot be embedded: prompts may have such, and n-grams repeat them."""
+        ends = (place for place, token in enumerate(tokens) if not 0 <= token < self._vocab_size)
+        return tokens[: next(ends, None)]
+
+    def _fits(self, request: LiveRequest) -> bool:
+        return request.length + self._most_drafts + 1 <= self._link.max_model_len
+
+    def _can_serve(self, request: LiveRequest) -> bool:
+        """Whether the draft is to know the request: a longer one would never get a draft."""
+        return not request.is_excluded and self._fits(request)
 
     def _introduce(self, request: LiveRequest, tokens: list[int]) -> None:
         self._last_epoch += 1
         request.epoch, request.round = self._last_epoch, 0
-        packed = np.array(tokens, dtype="<i4").tobytes()
-        self._link.send(Start(request.slot, request.epoch, packed, request.sampling))
+        # vLLM takes token ids that no vocabulary has, such as those of images; the draft would embed them.
+        within = np.array(tokens, dtype=np.int64).clip(0, self._vocab_size - 1)
+        packed = within.astype("<i4").tobytes()
+        if not self._link.send(Start(request.slot, request.epoch, packed, request.sampling)):
+            request.epoch = NOT_INTRODUCED
+
+    def _withdraw(self, request: LiveRequest) -> None:
+        """Let the draft forget a request."""
+        if request.epoch != NOT_INTRODUCED and self._link.cache is not None:
+            self._link.send(Stop(request.slot, request.epoch))
+        request.epoch = NOT_INTRODUCED

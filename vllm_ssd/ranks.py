@@ -6,7 +6,7 @@ published changes by the microsecond; so only the leader looks, and the others h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from vllm.distributed import get_tp_group
 
 from vllm_ssd.channel import Sampling
 from vllm_ssd.draft_laws import DraftLaw, PointMass
-from vllm_ssd.proposer import NOT_INTRODUCED
+from vllm_ssd.outcome import NOT_INTRODUCED
 
 
 def leads(parallel: ParallelConfig, rank: int) -> bool:
@@ -29,16 +29,20 @@ def leads(parallel: ParallelConfig, rank: int) -> bool:
 
 
 class Follower:
-    """Stands where the leader has its `proposer.Proposer`, and knows nothing."""
+    """Stands where the leader has its `guard.Guard`, and knows nothing."""
 
-    def start(self, request_id: str, tokens: list[int], sampling: Sampling, slot: int | None = None) -> int:
+    def start(
+        self, request_id: str, describe: Callable[[], tuple[list[int], Sampling]], slot: int | None = None
+    ) -> int:
         """The leader introduces the request."""
         return NOT_INTRODUCED
 
     def stop(self, request_id: str) -> None:
         """Nothing to forget."""
 
-    def propose(self, request_ids: Sequence[str], sampled: Sequence[list[int]]) -> list[list[int]]:
+    def propose(
+        self, request_ids: Sequence[str], sampled: Sequence[list[int]], num_verified: Sequence[int]
+    ) -> list[list[int]]:
         """No drafts of its own."""
         return [[] for _ in request_ids]
 
@@ -62,8 +66,20 @@ def shared_drafts(drafts: Tensor, num_drafts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def shared_laws(laws: list[DraftLaw]) -> list[DraftLaw]:
-    """The leader's laws on all ranks."""
-    return get_tp_group().broadcast_object(laws)
+    """The leader's laws on all ranks: [n, V] each, or a point mass."""
+    group = get_tp_group()
+    if group.world_size == 1:
+        return laws
+    # Which they are is small and pickled; they themselves are megabytes.
+    shapes = group.broadcast_object([None if isinstance(law, PointMass) else law.shape for law in laws])
+    shared: list[DraftLaw] = []
+    for law, shape in zip(laws, shapes, strict=True):
+        if shape is None:
+            shared.append(PointMass())
+            continue
+        own = torch.empty(shape) if isinstance(law, PointMass) else torch.tensor(law)
+        shared.append(group.broadcast(own).numpy())
+    return shared
 
 
 def share_rows(table: Tensor, rows: npt.NDArray[np.intp]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.sampling_params import SamplingType
+from vllm.distributed import get_world_group
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
@@ -18,8 +20,9 @@ from vllm_ssd.channel import Sampling
 from vllm_ssd.counters import Counters
 from vllm_ssd.coupled import coupled_sampling
 from vllm_ssd.draft_laws import DraftLaw, PointMass
+from vllm_ssd.guard import Guard
 from vllm_ssd.noise import gumbel, wrapped_to_int64
-from vllm_ssd.proposer import GREEDY, DraftLink, Proposer
+from vllm_ssd.proposer import DraftLink, Proposer
 from vllm_ssd.ranks import Follower, shared_laws
 from vllm_ssd.ratio import ratio_sampling
 from vllm_ssd.verification import Places
@@ -35,20 +38,20 @@ class NoDrafter:
 class SSDModelRunner(CPUModelRunner):
     """vLLM's runner, with the proposer told of requests and asked for drafts."""
 
-    proposer: Proposer | Follower
+    proposer: Guard | Follower
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         with compat.no_stock_drafter(vllm_config.speculative_config, NoDrafter()):
             super().__init__(vllm_config, device)
         self.proposer = Follower()
-        self._new_seeds = torch.Generator().manual_seed(vllm_config.model_config.seed)  # alike on all ranks
+        self._new_seeds = torch.Generator().manual_seed(_shared_seed(vllm_config.model_config.seed))
         self._is_coupled = vllm_config.speculative_config.ssd_verify == "coupled"
         self._seeds: dict[str, int] = {}  # of the requests that are sampled
         gumbel(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), 1)  # compile it now
 
     def connect(self, proposer: Proposer, link: DraftLink, counters: Counters) -> None:
         """Let this runner lead: give it its half of the rounds, before the first request."""
-        self.proposer = proposer
+        self.proposer = Guard(proposer, counters)
 
     def close(self) -> None:
         """Nothing runs beside it."""
@@ -73,22 +76,22 @@ class SSDModelRunner(CPUModelRunner):
         resumed = scheduler_output.scheduled_cached_reqs.resumed_req_ids
         for request_id in [*(new.req_id for new in scheduler_output.scheduled_new_reqs), *resumed]:
             self.proposer.stop(request_id)  # a streaming request comes again with more prompt
+            seed = self._seed(request_id)  # drawn on all ranks, in the same order
             if self.requests[request_id].prompt_token_ids is not None:  # not given as embeddings
-                self.proposer.start(request_id, self.token_history(request_id), self._sampling(request_id))
+                self.proposer.start(request_id, partial(self._describe, request_id, seed))
         return corrections
 
-    def _sampling(self, request_id: str) -> Sampling:
-        """How the draft is to sample: as the target."""
+    def _describe(self, request_id: str, seed: int) -> tuple[list[int], Sampling]:
+        """The request's tokens so far, and how the draft is to sample: as the target."""
         params = self.requests[request_id].sampling_params
-        if params is None or params.sampling_type == SamplingType.GREEDY:
-            return GREEDY
-        return Sampling(params.temperature, self._seed(request_id), max(params.top_k, 0), params.top_p)
+        sampling = Sampling.of(params, seed, self.input_batch.vocab_size)
+        return self.token_history(request_id), sampling
 
     def _seed(self, request_id: str) -> int:
         """The request's own seed, or one of the engine's."""
         params = self.requests[request_id].sampling_params
         if params is not None and params.seed is not None:
-            return wrapped_to_int64(params.seed)  # Python's generators take any integer, tensors do not
+            return wrapped_to_int64(int(params.seed))  # Python's generators take any integer, tensors do not
         if request_id not in self._seeds:
             self._seeds[request_id] = int(torch.randint(2**63 - 1, (), generator=self._new_seeds))
         return self._seeds[request_id]
@@ -162,4 +165,15 @@ class SSDModelRunner(CPUModelRunner):
     ) -> list[list[int]]:
         """Drafts of each row of the batch, as `GPUModelRunner` (V1) expects them: ragged lists."""
         assert isinstance(sampled_token_ids, list)
-        return self.proposer.propose(self.input_batch.req_ids, sampled_token_ids)
+        request_ids, scheduled = self.input_batch.req_ids, scheduler_output.scheduled_spec_decode_tokens
+        num_verified = [len(scheduled.get(request_id, ())) for request_id in request_ids]
+        return self.proposer.propose(request_ids, sampled_token_ids, num_verified)
+
+
+def _shared_seed(seed: int) -> int:
+    """What the seeds of unseeded requests are drawn from, alike on all ranks of the target.
+
+    vLLM's default, 0, cannot be told from a choice of the user's. It counts as none: replicas and later
+    starts must not give their users the same texts.
+    """
+    return seed or get_world_group().broadcast_object(secrets.randbits(63))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ from vllm_ssd.counters import Counters
 from vllm_ssd.coupled import longest_agreement
 from vllm_ssd.deferred import DeferredRounds
 from vllm_ssd.draft_laws import PointMass
-from vllm_ssd.proposer import GREEDY, DraftLink, Proposer
+from vllm_ssd.guard import Guard
+from vllm_ssd.outcome import NOT_INTRODUCED
+from vllm_ssd.proposer import DraftLink, Proposer
 from vllm_ssd.ranks import Follower, share_rows, shared_drafts
 from vllm_ssd.ratio import law_as_logits
 
@@ -39,18 +42,19 @@ class SSDSpeculator(BaseSpeculator):
     """
 
     supports_mm_inputs = False
-    proposer: Proposer | Follower
+    proposer: Guard | Follower
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         ssd = vllm_config.speculative_config
         self.proposer = Follower()
         self._max_num_reqs = vllm_config.scheduler_config.max_num_seqs
+        self._vocab_size = vllm_config.model_config.get_vocab_size()
         self._device = device
         self._most_drafts: int = ssd.num_speculative_tokens
         self.num_drafts = torch.zeros(self._max_num_reqs, dtype=torch.int32, device=device)  # by vLLM's slot
         self.draft_logits: Tensor | None = None  # [max_num_reqs, K, V]; vLLM divides by the temperature
         if ssd.ssd_verify == "ratio":
-            shape = (self._max_num_reqs, self._most_drafts, vllm_config.model_config.get_vocab_size())
+            shape = (self._max_num_reqs, self._most_drafts, self._vocab_size)
             self.draft_logits = torch.zeros(shape, dtype=torch.float32, device=device)
         self._can_defer = runs_ahead(vllm_config)
         self._deferred: DeferredRounds | None = None
@@ -60,10 +64,17 @@ class SSDSpeculator(BaseSpeculator):
 
     def connect(self, proposer: Proposer, link: DraftLink, counters: Counters) -> None:
         """Lead: with the draft's link and the host's half of the rounds, before the first request."""
-        self.proposer = proposer
+        self.proposer = Guard(proposer, counters)
         if self._can_defer:
             self._deferred = DeferredRounds(
-                proposer, link, counters, self, self._max_num_reqs, self._most_drafts, self._device
+                self.proposer,
+                link,
+                counters,
+                self,
+                self._max_num_reqs,
+                self._most_drafts,
+                self._vocab_size,
+                self._device,
             )
 
     def close(self) -> None:
@@ -80,23 +91,24 @@ class SSDSpeculator(BaseSpeculator):
     def add(self, request: NewRequestData, slot: int, seed: int) -> None:
         """A request enters the batch, for the first time or after a preemption."""
         self.num_drafts[slot] = 0
-        params = request.sampling_params
-        if params is None or request.prompt_embeds is not None:  # there are no tokens to tell the draft
-            if self._deferred is not None:
-                self._deferred.begin(slot)
-            return
-        assert request.prefill_token_ids is not None
-        tokens = list(request.prefill_token_ids)
-        if params.structured_outputs is not None:
-            self._with_grammar.add(request.req_id)
-        sampling = GREEDY
-        if params.temperature:
-            sampling = Sampling(params.temperature, seed, max(params.top_k, 0), params.top_p)
-        with self._taking_turns():
-            self._histories[request.req_id] = tokens
-            epoch = self.proposer.start(request.req_id, tokens, sampling, slot)
+        epoch = NOT_INTRODUCED
+        if request.sampling_params is not None and request.prompt_embeds is None:  # else there are no tokens
+            with self._taking_turns():
+                describe = partial(self._describe, request, seed)
+                epoch = self.proposer.start(request.req_id, describe, slot)
         if self._deferred is not None:
             self._deferred.begin(slot, epoch)
+
+    def _describe(self, request: NewRequestData, seed: int) -> tuple[list[int], Sampling]:
+        """The request's tokens so far, and how the draft is to sample: as the target."""
+        params = request.sampling_params
+        assert params is not None
+        assert request.prefill_token_ids is not None
+        tokens = list(request.prefill_token_ids)
+        self._histories[request.req_id] = tokens
+        if params.structured_outputs is not None:
+            self._with_grammar.add(request.req_id)
+        return tokens, Sampling.of(params, seed, self._vocab_size)
 
     def remove(self, request_id: str) -> None:
         """A request leaves the batch: finished, aborted or preempted. Unknown ids are ignored."""
@@ -194,7 +206,8 @@ class SSDSpeculator(BaseSpeculator):
         """[B, K] drafts, and [B] how many they are, once the host has seen the outcome."""
         sampled = self.new_tokens(request_ids, counts, last)
         self.extend(request_ids, sampled)
-        drafts = self.proposer.propose(request_ids, sampled)
+        num_verified = [len(self.proposer.verified(request_id)) for request_id in request_ids]
+        drafts = self.proposer.propose(request_ids, sampled, num_verified)
         self._proposed = request_ids, drafts
         filled = [
             row + [token] * (self._most_drafts - len(row)) for row, token in zip(drafts, last, strict=True)

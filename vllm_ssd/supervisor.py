@@ -7,12 +7,12 @@ The draft is in one of five states. `check`, which the target calls once a round
        |               died              died, or silent for longer still
        |                 |                           |
        +--- it is gone --+------- ending <-----------+
-                                    |
-                                    +--no restarts left, or it cannot be ended--> gone
+
+    loading --says that no draft process could serve--> gone
 
 Nothing here waits, once the draft has loaded for the first time: a killed process takes what time it takes to
-go, and one that dies again and again is started at growing intervals. Serving never fails because of the
-draft: outside of `ready` there is no outcome cache to ask.
+go, and one that dies again and again is started at growing intervals, but always again. Serving never fails
+because of the draft: outside of `ready` there is no outcome cache to ask.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from vllm_ssd.counters import DRAFT_COUNTERS_FILE, DRAFT_FIELDS, Counters
 from vllm_ssd.draft_laws import DraftLaws
 from vllm_ssd.launch import DraftProcess
 from vllm_ssd.outcome import OutcomeCache
+from vllm_ssd.proposer import News
 
 logger = init_logger("vllm.ssd")
 
@@ -43,7 +44,8 @@ LONGEST_STEPS = (
     3  # in which a draft has to read something: it reads between steps, and prompts make them long
 )
 HEALTHY_S = 600.0  # having served for so long, a draft's earlier deaths are forgotten
-RESTART_PAUSE_S = 5.0  # before the second restart in a row; before the third it is twice that, and so on
+RESTART_PAUSE_S = 5.0  # before the second restart in a row; before each further one it is twice as long
+LONGEST_PAUSE_S = 300.0
 ENDING_TIMEOUT_S = 30.0  # a process that is not gone by then hangs in a driver; its device may do so too
 AWAIT_POLL_S = 0.02
 
@@ -70,7 +72,6 @@ class DraftSupervisor:
         counters: the target's counters.
         ready_timeout_s: how long a draft may take to load.
         stall_timeout_s: how long a draft may leave messages unread; longer where its steps are.
-        max_restarts: how often in a row a draft that died is started again.
         allocate: makes a table in the memory of the target's GPU (`outcome_gpu.allocate_table`); None where
             the host needs to read it.
     """
@@ -81,14 +82,12 @@ class DraftSupervisor:
         counters: Counters,
         ready_timeout_s: float,
         stall_timeout_s: float,
-        max_restarts: int,
         allocate: AllocateTable | None = None,
     ) -> None:
         self._configure = configure
         self._counters = counters
         self._ready_timeout_s = ready_timeout_s
         self._stall_timeout_s = self._patience_s = stall_timeout_s
-        self._max_restarts = max_restarts
         self._allocate = allocate
         shared_dir = Path(configure.shared_dir)
         self._draft_counters = Counters(shared_dir / DRAFT_COUNTERS_FILE, DRAFT_FIELDS, create=True)
@@ -96,6 +95,7 @@ class DraftSupervisor:
         self._incarnation = 0
         self._num_deaths = 0  # in a row
         self._ready_since: float | None = None
+        self.max_model_len = 0  # tokens that the draft can serve, once it is ready
         self.step_times = (0.0, 0.0)  # of the draft, once it is ready: seconds, and of each further row
         self._spawn()
 
@@ -143,19 +143,38 @@ class DraftSupervisor:
                 raise DraftFailed(f"no draft after {self._ready_timeout_s:g} s; raise ssd_ready_timeout")
             time.sleep(AWAIT_POLL_S)
 
-    def check(self) -> bool:
-        """Notice what happened to the draft; True when it has become ready and knows no request yet."""
+    def check(self) -> News:
+        """Notice what happened to the draft."""
         if self._state is State.GONE:
-            return False
+            self._process.exit_code()  # or it stays a zombie
+            return News.NOTHING
+        served = self._state in (State.READY, State.STALLED)
+        try:
+            is_news = self._check()
+        except OSError as error:  # such as no memory or no descriptors
+            self._restart(f"cannot be attended to ({error})")
+            is_news = False
+        if served and self._state not in (State.READY, State.STALLED):
+            return News.DIED
+        return News.READY if is_news else News.NOTHING
+
+    def _check(self) -> bool:
+        """Move to the state that the draft is in; True if it has become ready and knows no request yet."""
         if self._state is State.ENDING:
             self._start_again()
             return False
         exit_code = self._process.exit_code()
         if exit_code is not None:
             message = self._receive()  # one that failed says why, then exits
-            self._restart(message.reason if isinstance(message, Failed) else _how_it_ended(exit_code))
+            if isinstance(message, Failed):
+                self._restart(message.reason, message.is_final)
+            else:
+                self._restart(_how_it_ended(exit_code))
             return False
         self._flush()
+        if self._channel.has_hung_up:  # it is about to exit
+            self._restart("hung up")
+            return False
         if self._state is State.READY:
             self._check_progress()
             return False
@@ -163,21 +182,29 @@ class DraftSupervisor:
             return self._check_recovery()
         return self._check_loaded()
 
-    def send(self, message: ToDraft) -> None:
-        """Tell the draft; one that cannot be told counts as stalled."""
+    def send(self, message: ToDraft) -> bool:
+        """Tell the draft; one that cannot be told counts as stalled, or is seen to be dead by `check`."""
         self._flush()
         if self._draft_counters["messages"] >= self._num_sent:
             self._last_progress = time.monotonic()  # it has had nothing to read until now
         if self._channel.send(message):
             self._num_sent += 1
-        elif self._state is State.READY:
+            return True
+        if self._state is State.READY and not self._channel.has_hung_up:
             self._stall("it takes no more messages")
+        return False
+
+    def restart(self) -> None:
+        """Start another draft process in place of this one, or of one that was given up."""
+        logger.info("SSD draft is started again, as asked")
+        self._num_deaths = 0
+        self._end_for_now(pause_s=0.0)
 
     def give_up(self, reason: str) -> None:
-        """End the draft for good; decoding goes on without it."""
+        """End the draft until somebody asks for a restart; decoding goes on without it."""
         self._end()
         self._state = State.GONE
-        logger.error("SSD draft %s; decoding goes on without it", reason)
+        logger.error("SSD draft %s; decoding goes on without it, until ssd_restart is called", reason)
 
     def close(self) -> None:
         """Stop the draft and remove what was shared with it."""
@@ -197,6 +224,7 @@ class DraftSupervisor:
             self._configure.max_slots,
             self._configure.branch_budget,
             self._configure.num_speculative_tokens,
+            self._configure.vocab_size,
             create=True,
         )
         in_gpu = self._allocate(self._cache.entries.shape) if self._allocate is not None else None
@@ -229,6 +257,7 @@ class DraftSupervisor:
         for table in (self._cache, self._laws):
             if table is not None:
                 table.unlink()
+        self.max_model_len = message.max_model_len
         self.step_times = (message.step_base, message.step_per_row)
         longest_step_s = message.step_base + message.step_per_row * self._configure.prefill_chunk
         self._patience_s = max(self._stall_timeout_s, LONGEST_STEPS * longest_step_s)
@@ -262,7 +291,7 @@ class DraftSupervisor:
             self._become_ready(message)
             return True
         if isinstance(message, Failed):
-            self._restart(message.reason)
+            self._restart(message.reason, message.is_final)
         elif time.monotonic() > self._deadline:
             self._restart(f"was not ready after {self._ready_timeout_s:g} s")
         return False
@@ -297,29 +326,41 @@ class DraftSupervisor:
         self._last_progress = time.monotonic()
         logger.warning("SSD draft is stalled (%s); decoding goes on without it", reason)
 
-    def _restart(self, reason: str) -> None:
-        now = time.monotonic()
-        if self._ready_since is not None and now - self._ready_since > HEALTHY_S:
+    def _restart(self, reason: str, is_final: bool = False) -> None:
+        """End this process and start another one; none if it would fail as well."""
+        if is_final:
+            self.give_up(reason)
+            return
+        if self._ready_since is not None and time.monotonic() - self._ready_since > HEALTHY_S:
             self._num_deaths = 0
         self._num_deaths += 1
+        pause_s = 0.0
+        if self._num_deaths > 1:
+            pause_s = min(RESTART_PAUSE_S * 2 ** (self._num_deaths - 2), LONGEST_PAUSE_S)
+        logger.warning(
+            "SSD draft %s; starting it again%s, decoding goes on meanwhile",
+            reason,
+            f" in {pause_s:g} s" if pause_s else "",
+        )
+        self._end_for_now(pause_s)
+
+    def _end_for_now(self, pause_s: float) -> None:
         self._ready_since = None
         self._state = State.ENDING
-        self._deadline = now + ENDING_TIMEOUT_S
-        self._not_before = now + (self._num_deaths - 1) * RESTART_PAUSE_S
+        self._deadline = time.monotonic() + ENDING_TIMEOUT_S
+        self._not_before = time.monotonic() + pause_s
         self._end()
-        if self._num_deaths > self._max_restarts:
-            self.give_up(f"{reason}; no restarts left")
-            return
-        logger.warning("SSD draft %s; starting it again, decoding goes on meanwhile", reason)
         self._start_again()
 
     def _start_again(self) -> None:
         """Start another process once it is time, and the killed one is gone and with it what it held."""
+        now = time.monotonic()
         if self._process.exit_code() is None:
-            if time.monotonic() > self._deadline:
-                self.give_up(f"has been killed and is still there after {ENDING_TIMEOUT_S:g} s")
+            if now > self._deadline:
+                logger.error("SSD draft has been killed %g s ago and is still there", ENDING_TIMEOUT_S)
+                self._deadline = now + LONGEST_PAUSE_S
             return
-        if time.monotonic() < self._not_before:
+        if now < self._not_before:
             return
         try:
             self._spawn()

@@ -115,6 +115,14 @@ class DraftHost:
             plan = Plan(min(num_drafts, ssd.num_speculative_tokens), budget)
             self._draft.set_plan(FixedPlan(plan))
 
+    def ssd_restart(self) -> None:
+        """Start another draft process in place of this one, or of one that was given up.
+
+        For `LLM.collective_rpc("ssd_restart")`.
+        """
+        if self._draft is not None:
+            self._draft.supervisor.restart()
+
     def ssd_stats(self) -> dict[str, Any]:
         """All counters of both halves; empty on ranks that follow. For `LLM.collective_rpc("ssd_stats")`."""
         return {} if self._draft is None else self._draft.stats()
@@ -142,7 +150,6 @@ class TargetsDraft:
                 self._counters,
                 ssd.ssd_ready_timeout,
                 ssd.ssd_stall_timeout,
-                ssd.ssd_max_restarts,
                 allocate,
             )
         except Exception:  # such as no room for the laws
@@ -164,6 +171,8 @@ class TargetsDraft:
             history,
             self._counters,
             self._planner,
+            self._vllm_config.model_config.get_vocab_size(),
+            ssd.num_speculative_tokens,
             ssd.ssd_wait_ms / 1000,
         )
         model_runner.connect(self._proposer, self.supervisor, self._counters)

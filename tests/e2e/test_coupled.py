@@ -5,12 +5,20 @@ from __future__ import annotations
 import os
 import random
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import Engines, generate, give_draft_time, in_worker, is_running, metric, ssd, stats
+from engines import (
+    Engines,
+    generate,
+    give_draft_time,
+    give_up_draft,
+    in_worker,
+    metric,
+    ssd,
+    stats,
+)
 
 FULL = os.environ.get("VLLM_SSD_FULL") == "1"  # minutes more
 pytestmark = pytest.mark.timeout(1200 if FULL else 240)
@@ -57,13 +65,9 @@ SETTINGS: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
 
 @pytest.fixture(scope="module")
 def undrafted(engines: Engines, pair: tuple[Path, Path]) -> list[list[int]]:
-    """Every token sampled by itself: the draft is dead before the first request comes."""
-    llm = engines.get(pair[0], ssd(pair[1], 1, ssd_max_restarts=0))
-    pid = stats(llm)["draft"]["pid"]
-    os.kill(pid, signal.SIGKILL)
-    deadline = time.monotonic() + PATIENCE_S
-    while is_running(pid) and time.monotonic() < deadline:  # it may take a moment to give its memory back
-        time.sleep(0.01)
+    """Every token sampled by itself: the draft is ended before the first request comes."""
+    llm = engines.get(pair[0], ssd(pair[1], 1))
+    in_worker(llm, give_up_draft)
     tokens = generate(llm, prompts(), params())
     assert stats(llm)["lookups"] == 0
     return tokens

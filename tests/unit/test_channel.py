@@ -34,13 +34,13 @@ from vllm_ssd.channel import (
 
 TO_DRAFT = [
     Start(3, 7, b"\x01\0\0\0\xff\x7f\0\0"),
-    Outcomes([RoundOutcome(0, 1, 2, [5, 6], [7, 8, 9]), RoundOutcome(1, 2, 0, [4], [])], 4, 8),
+    Outcomes([RoundOutcome(0, 1, 2, [5, 6], [7, 8, 9], 3), RoundOutcome(1, 2, 0, [4], [], 0)], 4, 8),
     Missed([MissedRow(0, 1, 2, [5, 6], 3)]),
     Outcomes([], 0, 0),
     Stop(3, 7),
     Reset(),
 ]
-TO_TARGET = [Ready(100, 32, 0.1, 0.01), Failed("no such model: /x")]
+TO_TARGET = [Ready(100, 32, 0.1, 0.01, 64), Failed("no such model: /x")]
 WAIT_MS = 20_000
 
 
@@ -58,7 +58,7 @@ def ends(tmp_path: Path) -> Iterator[tuple[Channel, Channel]]:
 @pytest.mark.parametrize("message", TO_DRAFT, ids=lambda m: type(m).__name__)
 def test_to_the_draft(ends: tuple[Channel, Channel], message: Any) -> None:
     target, draft = ends
-    assert draft.send(Ready(3, 4, 0.1, 0.01))  # a message to the peer means that both are connected
+    assert draft.send(Ready(3, 4, 0.1, 0.01, 64))  # a message to the peer means that both are connected
     assert target.receive(WAIT_MS)
     assert target.send(message)
     assert draft.receive(WAIT_MS) == message
@@ -73,7 +73,7 @@ def test_to_the_target(ends: tuple[Channel, Channel], message: Any) -> None:
 
 def test_order_is_kept_and_nothing_more_comes(ends: tuple[Channel, Channel]) -> None:
     target, draft = ends
-    draft.send(Ready(3, 4, 0.1, 0.01))
+    draft.send(Ready(3, 4, 0.1, 0.01, 64))
     target.receive(WAIT_MS)
     for epoch in range(200):
         assert target.send(Stop(0, epoch))
@@ -114,7 +114,7 @@ def connected(folder: Path) -> tuple[Channel, Channel]:
     """(target's end, draft's end), which have heard of each other."""
     target = Channel(str(folder / "s"), bind=True, receives=ToTarget)
     draft = Channel(str(folder / "s"), bind=False, receives=ToDraft)
-    draft.send(Ready(3, 4, 0.1, 0.01))
+    draft.send(Ready(3, 4, 0.1, 0.01, 64))
     assert target.receive(WAIT_MS)
     return target, draft
 
@@ -212,6 +212,7 @@ def test_the_longest_folder_has_room_for_a_drafts_socket() -> None:
             st.integers(0, 2**31),
             st.lists(st.integers(0, 2**31), min_size=1, max_size=17),
             st.lists(st.integers(0, 2**31), max_size=16),
+            st.integers(0, 16),
         ),
         max_size=5,
     )

@@ -16,6 +16,7 @@ from vllm_ssd.compat import match_ngram
 from vllm_ssd.costs import DRAFT, NGRAM, Costs
 from vllm_ssd.fallback import (
     MIN_NGRAM,
+    MOST_SILENCE_S,
     NOTHING,
     SILENCE_S,
     TRY_OTHER_EVERY,
@@ -26,9 +27,9 @@ from vllm_ssd.fallback import (
     NgramFallback,
     NoFallback,
 )
-from vllm_ssd.outcome import Outcome, OutcomeCache
+from vllm_ssd.outcome import NOT_INTRODUCED, Outcome, OutcomeCache
 
-K, SLOTS = 4, 3
+K, SLOTS, VOCAB = 4, 3, 1000
 
 
 class LinkedDraft:
@@ -37,22 +38,30 @@ class LinkedDraft:
     step_seconds = 0.001
 
     def __init__(self, folder: Path) -> None:
-        self.cache: OutcomeCache | None = OutcomeCache(folder, SLOTS, 8, K, create=True)
+        self.cache: OutcomeCache | None = OutcomeCache(folder, SLOTS, 8, K, VOCAB, create=True)
         self.asked: list[MissedRow] = []
         self.naps = 0
         self.most = K  # tokens it makes
+        self.declines: set[int] = set()  # slots
 
-    def send(self, message: ToDraft) -> None:
+    def send(self, message: ToDraft) -> bool:
         assert isinstance(message, Missed)
         self.asked = message.rows
         assert self.cache is not None
         for row in self.asked:
+            if row.slot in self.declines:
+                outcome = Outcome(row.slot, row.epoch, row.round, len(row.tokens) - 1, row.tokens[-1])
+                self.cache.decline(outcome)
+                continue
             key = np.array([len(row.tokens) - 1]), np.array([row.tokens[-1]])
             self.cache.open_branches(row.slot, 0, row.epoch, row.round, *key)
+        return True
 
     def nap(self) -> None:
         if self.naps < self.most and self.cache is not None:
             for row in self.asked:
+                if row.slot in self.declines:
+                    continue
                 self.cache.publish(row.slot, 0, self.naps, np.array([10 * row.slot + self.naps]))
         self.naps += 1
 
@@ -167,20 +176,47 @@ def test_just_in_time_takes_what_there_is_at_the_deadline(draft: LinkedDraft, cl
     assert clock.now - began < 2 * fallback_module.PATIENCE * (K + 1) * draft.step_seconds
 
 
-def test_a_request_that_got_nothing_is_left_alone_for_a_while(draft: LinkedDraft, clock: Clock) -> None:
+def test_a_draft_that_does_not_answer_is_left_alone_for_longer_and_longer(
+    draft: LinkedDraft, clock: Clock
+) -> None:
+    """Each wait in vain costs the whole batch time: their sum is bounded."""
     costs = measured(clock, round_s=0.1, tokens=3, acceptance=0.9, ngram=0.0)
     just_in_time = JustInTimeFallback(costs)
     draft.most = 0
-    assert just_in_time.propose(missed(1), K, draft) == [NOTHING]
-    began = clock.now
-    assert just_in_time.propose(missed(1), K, draft) == [NOTHING]
-    assert clock.now == began
+    began, waited = clock.now, 0.0
+    while clock.now - began < 1000:
+        before = clock.now
+        assert just_in_time.propose(missed(1, 2), K, draft) == [NOTHING] * 2
+        waited += clock.now - before
+        clock.now += 0.1
+    assert waited < 0.005 * 1000
+    clock.now += MOST_SILENCE_S
     draft.most, draft.naps = K, 0
-    assert just_in_time.propose(missed(1, 2), K, draft) == [NOTHING, Drafts(DRAFT, [20, 21, 22, 23])]
-    assert [row.slot for row in draft.asked] == [2]
-    clock.now += SILENCE_S
-    draft.naps = 0
     assert just_in_time.propose(missed(1), K, draft) == [Drafts(DRAFT, [10, 11, 12, 13])]
+    draft.most, draft.naps = 0, 0
+    just_in_time.propose(missed(1), K, draft)
+    clock.now += SILENCE_S
+    assert just_in_time.askable(missed(1), draft)
+
+
+def test_rows_that_the_draft_declines_are_not_waited_for(draft: LinkedDraft, clock: Clock) -> None:
+    costs = measured(clock, round_s=0.1, tokens=3, acceptance=0.9, ngram=0.0)
+    just_in_time = JustInTimeFallback(costs)
+    draft.declines = {1}
+    began = clock.now
+    assert just_in_time.propose(missed(1, 2), K, draft) == [NOTHING, Drafts(DRAFT, [20, 21, 22, 23])]
+    assert clock.now - began <= (K + 1) * draft.step_seconds
+    draft.asked.clear()
+    assert just_in_time.propose(missed(1), K, draft) == [NOTHING]
+    assert just_in_time.askable(missed(1), draft)  # an answer is an answer
+
+
+def test_rows_that_the_draft_does_not_know_are_not_asked_for(draft: LinkedDraft, clock: Clock) -> None:
+    """Such as too long ones."""
+    costs = measured(clock, round_s=0.1, tokens=3, acceptance=0.9, ngram=0.0)
+    unknown = MissedOutcome("1", Outcome(1, NOT_INTRODUCED, 2, 1, 61), [50, 61])
+    assert JustInTimeFallback(costs).propose([unknown], K, draft) == [NOTHING]
+    assert draft.asked == []
 
 
 def test_auto_gives_ngrams_to_rows_that_the_draft_has_nothing_for(draft: LinkedDraft, clock: Clock) -> None:
@@ -189,10 +225,11 @@ def test_auto_gives_ngrams_to_rows_that_the_draft_has_nothing_for(draft: LinkedD
     auto = AutoFallback(costs, ngram(**{"1": history, "2": history}), JustInTimeFallback(costs))
     draft.most = 0
     assert auto.propose(missed(1), K, draft) == [Drafts(NGRAM, [4, 1, 2, 3])]
-    began, draft.most = clock.now, K
+    began = clock.now
     assert auto.propose(missed(1), K, draft) == [Drafts(NGRAM, [4, 1, 2, 3])]
     assert clock.now == began
-    draft.naps = 0
+    clock.now += SILENCE_S
+    draft.most, draft.naps, draft.declines = K, 0, {1}
     found = auto.propose(missed(1, 2), K, draft)
     assert found == [Drafts(NGRAM, [4, 1, 2, 3]), Drafts(DRAFT, [20, 21, 22, 23])]
 

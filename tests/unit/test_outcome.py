@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from vllm_ssd.outcome import Outcome, OutcomeCache
 
-SLOTS, BUDGET, K = 3, 6, 4
+SLOTS, BUDGET, K, VOCAB = 3, 6, 4, 1000
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> OutcomeCache:
-    return OutcomeCache(tmp_path, SLOTS, BUDGET, K, create=True)
+    return OutcomeCache(tmp_path, SLOTS, BUDGET, K, VOCAB, create=True)
 
 
 def open_three(cache: OutcomeCache) -> None:
@@ -105,7 +105,7 @@ def test_against_a_dictionary(
     asked: tuple[int, ...],
 ) -> None:
     """One branch a slot: the last one opened, to the depth published, is all that can be found."""
-    cache = OutcomeCache(tmp_path_factory.mktemp("cache"), SLOTS, BUDGET, K, create=True)
+    cache = OutcomeCache(tmp_path_factory.mktemp("cache"), SLOTS, BUDGET, K, VOCAB, create=True)
     known: dict[int, tuple[tuple[int, ...], list[int]]] = {}
     for number, (key, depth) in enumerate(rounds):
         slot, epoch, round_, k, token = key
@@ -123,7 +123,7 @@ def test_two_processes_share_it(cache: OutcomeCache, tmp_path: Path) -> None:
 import numpy as np
 from pathlib import Path
 from vllm_ssd.outcome import OutcomeCache
-cache = OutcomeCache(Path({str(tmp_path)!r}), {SLOTS}, {BUDGET}, {K}, create=False)
+cache = OutcomeCache(Path({str(tmp_path)!r}), {SLOTS}, {BUDGET}, {K}, {VOCAB}, create=False)
 cache.open_branches(2, 1, 7, 0, np.array([0, 1]), np.array([3, 4]))
 cache.publish(2, 1, 0, np.array([30, 40]))
 """
@@ -133,5 +133,5 @@ cache.publish(2, 1, 0, np.array([30, 40]))
 
 def test_creating_anew_forgets(cache: OutcomeCache, tmp_path: Path) -> None:
     open_three(cache)
-    again = OutcomeCache(tmp_path, SLOTS, BUDGET, K, create=True)
+    again = OutcomeCache(tmp_path, SLOTS, BUDGET, K, VOCAB, create=True)
     assert again.look_up([Outcome(1, 5, 2, 0, 10)]) == [None]

@@ -212,9 +212,9 @@ def test_late_messages_of_an_earlier_epoch_or_round_change_nothing() -> None:
     target.settle()
     branches = target.published(0)
     target.server.handle(Stop(0, old.epoch))
-    target.server.handle(Outcomes([RoundOutcome(0, old.epoch, 0, [9], [])], 3, 8))
-    target.server.handle(Outcomes([RoundOutcome(0, old.epoch + 1, 7, [9], [])], 3, 8))
-    target.server.handle(Outcomes([RoundOutcome(3, 1, 0, [9], [])], 3, 8))
+    target.server.handle(Outcomes([RoundOutcome(0, old.epoch, 0, [9], [], 0)], 3, 8))
+    target.server.handle(Outcomes([RoundOutcome(0, old.epoch + 1, 7, [9], [], 0)], 3, 8))
+    target.server.handle(Outcomes([RoundOutcome(3, 1, 0, [9], [], 0)], 3, 8))
     target.server.handle(Stop(3, 1))
     target.settle()
     assert target.published(0) == branches

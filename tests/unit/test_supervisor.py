@@ -14,10 +14,12 @@ from wire import configure
 from vllm_ssd import supervisor as supervisor_module
 from vllm_ssd.channel import Configure, Failed, Ready, Reset, Stop
 from vllm_ssd.counters import DRAFT_COUNTERS_FILE, DRAFT_FIELDS, Counters, target_fields
+from vllm_ssd.proposer import News
 from vllm_ssd.supervisor import (
     ENDING_TIMEOUT_S,
     HEALTHY_S,
     KILL_AFTER_STALLS,
+    LONGEST_PAUSE_S,
     RESTART_PAUSE_S,
     AllocateTable,
     DraftFailed,
@@ -25,8 +27,8 @@ from vllm_ssd.supervisor import (
     State,
 )
 
-READY = Ready(10, 32, 0.001, 0.0001)
-READY_TIMEOUT, STALL_TIMEOUT, MAX_RESTARTS = 30.0, 2.0, 2
+READY = Ready(10, 32, 0.001, 0.0001, 64)
+READY_TIMEOUT, STALL_TIMEOUT = 30.0, 2.0
 
 
 class Process:
@@ -69,11 +71,13 @@ class Channel:
         self.full = False
         self.closed = False
         self.takes = False  # more of what it was sent before
+        self.has_hung_up = False
 
     def send(self, message: Any) -> bool:
-        if not self.full:
-            self.sent.append(message)
-        return not self.full
+        if self.full or self.has_hung_up:
+            return False
+        self.sent.append(message)
+        return True
 
     def flush(self) -> bool:
         return self.takes
@@ -108,13 +112,13 @@ class Bench:
         self.folder = folder
         self.counters = Counters(folder / "target", target_fields(3), create=True)
         self.supervisor = DraftSupervisor(
-            configure(folder), self.counters, READY_TIMEOUT, STALL_TIMEOUT, MAX_RESTARTS, allocate
+            configure(folder), self.counters, READY_TIMEOUT, STALL_TIMEOUT, allocate
         )
         self.draft = Counters(folder / DRAFT_COUNTERS_FILE, DRAFT_FIELDS, create=False)
 
     def make_ready(self, ready: Ready = READY) -> None:
         Channel.last.inbox.append(ready)
-        assert self.supervisor.check()
+        assert self.supervisor.check() is News.READY
         assert self.supervisor.state is State.READY
 
     def stall(self) -> None:
@@ -122,15 +126,18 @@ class Bench:
         self.supervisor.send(Stop(0, 1))
         self.supervisor.check()
         self.clock.now += STALL_TIMEOUT + 0.1
-        assert not self.supervisor.check()
+        assert self.supervisor.check() is News.NOTHING
         assert self.supervisor.state is State.STALLED
 
     def die(self) -> None:
-        """The draft dies; the next one is started, if there is to be one, when its time has come."""
+        """The draft dies; the next one is started when its time has come."""
+        was_serving = self.supervisor.state in (State.READY, State.STALLED)
         Process.last.code = -9
-        assert not self.supervisor.check()
-        self.clock.now += MAX_RESTARTS * RESTART_PAUSE_S
-        assert not self.supervisor.check()
+        assert self.supervisor.check() is (News.DIED if was_serving else News.NOTHING)
+        if self.supervisor.state is State.ENDING:
+            self.clock.now += LONGEST_PAUSE_S
+            self.supervisor.check()
+        assert self.supervisor.state is State.LOADING
 
 
 @pytest.fixture
@@ -146,10 +153,10 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
 def test_from_loading_to_ready(bench: Bench) -> None:
     assert bench.supervisor.state is State.LOADING
     assert bench.supervisor.cache is None
-    assert not bench.supervisor.check()
+    assert bench.supervisor.check() is News.NOTHING
     bench.make_ready()
     assert bench.supervisor.cache is not None
-    assert not bench.supervisor.check()  # told once
+    assert bench.supervisor.check() is News.NOTHING  # told once
     assert bench.counters["draft_alive"] == 1
     assert bench.supervisor.pid == Process.last.pid
     assert Path(Process.last.asked.table_dir).is_dir()
@@ -188,7 +195,7 @@ def test_an_idle_draft_is_not_stalled(bench: Bench) -> None:
     bench.draft.set("messages", 1)
     for _ in range(10):
         bench.clock.now += STALL_TIMEOUT
-        assert not bench.supervisor.check()
+        assert bench.supervisor.check() is News.NOTHING
     assert bench.supervisor.state is State.READY
 
 
@@ -206,7 +213,7 @@ def test_a_slow_draft_is_not_stalled(bench: Bench) -> None:
 
 def test_a_draft_in_a_step_over_a_long_prompt_is_not_stalled(bench: Bench) -> None:
     """It reads between its steps, and this one's take longer than the timeout."""
-    bench.make_ready(Ready(10, 32, STALL_TIMEOUT, 0.0))
+    bench.make_ready(Ready(10, 32, STALL_TIMEOUT, 0.0, 64))
     bench.supervisor.send(Stop(0, 1))
     bench.supervisor.check()
     bench.clock.now += 2 * STALL_TIMEOUT
@@ -245,9 +252,9 @@ def test_stall_and_recovery(bench: Bench) -> None:
     assert bench.supervisor.cache is None
     assert bench.counters["draft_alive"] == 0
     assert bench.counters["draft_stalls"] == 1
-    assert not bench.supervisor.check()
+    assert bench.supervisor.check() is News.NOTHING
     bench.draft.set("messages", 1)
-    assert bench.supervisor.check()  # its requests must be introduced again
+    assert bench.supervisor.check() is News.READY  # its requests must be introduced again
     assert bench.supervisor.state is State.READY
     assert Channel.last.sent[-1] == Reset()
     assert bench.supervisor.cache is not None
@@ -263,11 +270,11 @@ def test_a_full_queue_is_a_stall(bench: Bench) -> None:
     assert bench.supervisor.state is State.STALLED
     assert bench.counters["draft_stalls"] == 1
     bench.draft.set("messages", 1)
-    assert not bench.supervisor.check()  # still full: the reset could not be sent
+    assert bench.supervisor.check() is News.NOTHING  # still full: the reset could not be sent
     assert bench.supervisor.state is State.STALLED
     Channel.last.full = False
     bench.draft.set("messages", 2)
-    assert bench.supervisor.check()
+    assert bench.supervisor.check() is News.READY
     assert Channel.last.sent == [Reset()]
 
 
@@ -276,7 +283,7 @@ def test_a_draft_silent_for_long_is_started_again(bench: Bench) -> None:
     bench.stall()
     old, old_channel = Process.last, Channel.last
     bench.clock.now += KILL_AFTER_STALLS * STALL_TIMEOUT + 0.1
-    assert not bench.supervisor.check()
+    assert bench.supervisor.check() is News.DIED
     assert old.stopped
     assert old_channel.closed
     assert Process.last is not old
@@ -302,30 +309,34 @@ def test_a_killed_draft_is_not_waited_for(bench: Bench) -> None:
     old = Process.last
     old.can_be_killed = False
     bench.clock.now += KILL_AFTER_STALLS * STALL_TIMEOUT + 0.1
-    for _ in range(3):
-        assert not bench.supervisor.check()
+    for expected in (News.DIED, News.NOTHING, News.NOTHING):
+        assert bench.supervisor.check() is expected
         bench.supervisor.send(Stop(0, 1))
         assert bench.supervisor.state is State.ENDING
         assert bench.supervisor.cache is None
     assert old.stopped
     assert Process.last is old
     old.code = -9
-    assert not bench.supervisor.check()
+    assert bench.supervisor.check() is News.NOTHING
     assert Process.last is not old
     assert bench.counters["draft_restarts"] == 1
     bench.make_ready()
 
 
-def test_a_draft_that_cannot_be_killed_is_given_up(bench: Bench) -> None:
+def test_a_draft_that_cannot_be_killed_is_waited_for(bench: Bench) -> None:
+    """It hangs in a driver; another one is started once it is gone, be it late."""
     bench.make_ready()
     bench.stall()
     Process.last.can_be_killed = False
     bench.clock.now += KILL_AFTER_STALLS * STALL_TIMEOUT + 0.1
     bench.supervisor.check()
-    bench.clock.now += ENDING_TIMEOUT_S + 0.1
-    assert not bench.supervisor.check()
-    assert bench.supervisor.state is State.GONE
+    bench.clock.now += 100 * ENDING_TIMEOUT_S
+    assert bench.supervisor.check() is News.NOTHING
+    assert bench.supervisor.state is State.ENDING
     assert Process.count == 1
+    Process.last.code = -9
+    bench.supervisor.check()
+    assert bench.supervisor.state is State.LOADING
 
 
 def test_a_draft_of_another_version_is_told_apart(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,25 +348,76 @@ def test_a_draft_of_another_version_is_told_apart(bench: Bench, monkeypatch: pyt
         bench.supervisor.await_ready()
 
 
-def test_restarts_end_some_time(bench: Bench) -> None:
+def test_restarts_never_end(bench: Bench) -> None:
     bench.make_ready()
-    for restart in range(MAX_RESTARTS):
+    for restart in range(50):
         old = Process.last
         table = old.asked.table_dir
         bench.die()
         assert bench.counters["draft_restarts"] == restart + 1
+        assert bench.counters["draft_stalls"] == 0
         assert Process.last is not old
         assert not Path(table).exists()
         assert Process.last.asked.table_dir != table
         assert bench.supervisor.cache is None
         bench.make_ready()
-    bench.die()
-    assert bench.supervisor.state is State.GONE
-    assert not bench.supervisor.check()
-    assert bench.supervisor.cache is None
-    assert bench.counters["draft_alive"] == 0
-    assert Process.count == 1 + MAX_RESTARTS
     bench.supervisor.close()
+
+
+def test_a_death_that_a_send_notices_is_counted_once(bench: Bench) -> None:
+    """The socket closes before there is an exit code."""
+    bench.make_ready()
+    Channel.last.has_hung_up = True
+    bench.supervisor.send(Stop(0, 1))
+    assert bench.supervisor.check() is News.DIED
+    assert bench.counters["draft_stalls"] == 0
+    assert bench.counters["draft_restarts"] == 1
+    assert bench.supervisor.state is State.LOADING
+
+
+def test_a_draft_that_nobody_could_replace_is_given_up(bench: Bench) -> None:
+    bench.make_ready()
+    Process.last.code = -9
+    bench.supervisor.check()
+    Channel.last.inbox.append(Failed("its layers are of a kind that nobody knows", is_final=True))
+    assert bench.supervisor.check() is News.NOTHING
+    assert bench.supervisor.state is State.GONE
+    bench.clock.now += 10 * LONGEST_PAUSE_S
+    assert bench.supervisor.check() is News.NOTHING
+    assert Process.count == 2
+
+
+@pytest.mark.parametrize("state", [State.READY, State.STALLED, State.LOADING, State.ENDING, State.GONE])
+def test_a_restart_that_somebody_asks_for(bench: Bench, state: State) -> None:
+    """It is no death: all requests are introduced to the next one."""
+    if state is not State.LOADING:
+        bench.make_ready()
+    if state is State.STALLED:
+        bench.stall()
+    elif state is State.ENDING:
+        bench.die()
+        Process.last.code = -9
+        bench.supervisor.check()
+    elif state is State.GONE:
+        bench.supervisor.give_up("works for nobody any more")
+    assert bench.supervisor.state is state
+    count = Process.count
+    bench.supervisor.restart()
+    assert bench.supervisor.state is State.LOADING
+    assert Process.count == count + 1
+    bench.make_ready()
+
+
+def test_what_the_system_refuses_is_one_more_death(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No exception of the supervisor's reaches the target's round."""
+    bench.make_ready()
+
+    def fail() -> bool:
+        raise OSError("too many open files")
+
+    monkeypatch.setattr(Channel.last, "flush", fail)
+    assert bench.supervisor.check() is News.DIED
+    assert bench.supervisor.state is State.LOADING
 
 
 def test_a_draft_that_dies_again_and_again_is_started_at_intervals(bench: Bench) -> None:
@@ -367,17 +429,22 @@ def test_a_draft_that_dies_again_and_again_is_started_at_intervals(bench: Bench)
     for _ in range(3):
         bench.supervisor.check()
         assert bench.supervisor.state is State.ENDING
-    bench.clock.now += RESTART_PAUSE_S - 0.1
-    bench.supervisor.check()
-    assert Process.count == 2
-    bench.clock.now += 0.2
-    bench.supervisor.check()
-    assert Process.count == 3
-    assert bench.supervisor.state is State.LOADING
+    pause = RESTART_PAUSE_S
+    for count in range(3, 15):
+        bench.clock.now += pause - 0.1
+        bench.supervisor.check()
+        assert Process.count == count - 1
+        bench.clock.now += 0.2
+        bench.supervisor.check()
+        assert Process.count == count
+        assert bench.supervisor.state is State.LOADING
+        Process.last.code = -9
+        bench.supervisor.check()
+        pause = min(2 * pause, LONGEST_PAUSE_S)
 
 
 def test_deaths_are_forgotten_after_long_service(bench: Bench) -> None:
-    for _ in range(2 * MAX_RESTARTS + 1):
+    for _ in range(5):
         bench.make_ready()
         bench.clock.now += HEALTHY_S + 1
         Process.last.code = -9
@@ -402,14 +469,11 @@ def test_a_draft_that_cannot_be_started_is_tried_again(bench: Bench, monkeypatch
     bench.supervisor.check()
     assert bench.counters["draft_restarts"] == 1
     bench.make_ready()
-    bench.die()
-    assert bench.supervisor.state is State.GONE  # the failed start counted as a death
 
 
 def test_messages_after_the_end_are_dropped(bench: Bench) -> None:
     bench.make_ready()
-    for _ in range(MAX_RESTARTS + 1):
-        bench.die()
+    bench.supervisor.give_up("works for nobody any more")
     bench.supervisor.send(Stop(0, 1))
     assert bench.supervisor.state is State.GONE
 
@@ -419,13 +483,13 @@ def test_a_restarted_draft_that_cannot_load(bench: Bench) -> None:
     Process.last.code = 1
     bench.supervisor.check()
     Channel.last.inbox.append(Failed("out of memory"))
-    assert not bench.supervisor.check()
+    assert bench.supervisor.check() is News.NOTHING
     bench.clock.now += RESTART_PAUSE_S
-    assert not bench.supervisor.check()
+    assert bench.supervisor.check() is News.NOTHING
     assert bench.counters["draft_restarts"] == 2
     bench.clock.now += READY_TIMEOUT + 1  # and one that takes too long
-    assert not bench.supervisor.check()
-    assert bench.supervisor.state is State.GONE
+    assert bench.supervisor.check() is News.NOTHING
+    assert bench.supervisor.state is State.ENDING
 
 
 def test_a_restarted_draft_that_failed_and_is_gone_already_has_said_why(
@@ -482,4 +546,4 @@ def test_close_stops_the_draft_and_cleans_up(bench: Bench) -> None:
     assert not table.exists()
     assert bench.supervisor.cache is None
     assert bench.counters["draft_alive"] == 0
-    assert not bench.supervisor.check()
+    assert bench.supervisor.check() is News.NOTHING

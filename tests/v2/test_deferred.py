@@ -11,15 +11,17 @@ import torch
 from device import DEVICE
 from link import Link
 
+from vllm_ssd import deferred as deferred_module
 from vllm_ssd.channel import Outcomes, RoundOutcome, Start, Stop
 from vllm_ssd.costs import Costs
 from vllm_ssd.counters import Counters, target_fields
 from vllm_ssd.deferred import DeferredRounds
 from vllm_ssd.draft_laws import DraftLaws
 from vllm_ssd.fallback import NoFallback
+from vllm_ssd.guard import Guard
 from vllm_ssd.outcome import OutcomeCache
 from vllm_ssd.planner import FixedPlan, Plan
-from vllm_ssd.proposer import Proposer
+from vllm_ssd.proposer import News, Proposer
 
 K, SLOTS, BUDGET, VOCAB = 3, 4, 8, 100
 
@@ -43,15 +45,18 @@ class Bench:
             lambda name: self.histories[name],
             self.counters,
             FixedPlan(Plan(K, BUDGET)),
+            VOCAB,
+            K,
         )
+        self.guard = Guard(self.proposer, self.counters)
         self.deferred = DeferredRounds(
-            self.proposer, self.link, self.counters, self, SLOTS, K, torch.device(DEVICE)
+            self.guard, self.link, self.counters, self, SLOTS, K, VOCAB, torch.device(DEVICE)
         )
         self.last_sampled = torch.zeros(SLOTS, dtype=torch.int64, device=DEVICE)
 
     def new_cache(self, name: str) -> OutcomeCache:
         (self.folder / name).mkdir()
-        return OutcomeCache(self.folder / name, SLOTS, BUDGET, K, create=True)
+        return OutcomeCache(self.folder / name, SLOTS, BUDGET, K, VOCAB, create=True)
 
     def new_tokens(self, names: Sequence[str], counts: Sequence[int], last: Sequence[int]) -> list[list[int]]:
         return [
@@ -110,12 +115,12 @@ def test_the_draft_hears_what_the_device_found(bench: Bench) -> None:
     bench.link.publish(a, 0, 0, 50, [51, 52, 53])
     assert bench.step({"b": (1, 70), "a": (1, 50)}) == [[], [51, 52, 53]]
     assert bench.told() == [
-        RoundOutcome(0, b.epoch, 0, [70], []),
-        RoundOutcome(2, a.epoch, 0, [50], [51, 52, 53]),
+        RoundOutcome(0, b.epoch, 0, [70], [], 0),
+        RoundOutcome(2, a.epoch, 0, [50], [51, 52, 53], 0),
     ]
     bench.link.publish(a, 1, 2, 60, [61])
     assert bench.step({"a": (3, 60)}) == [[61]]
-    assert bench.told() == [RoundOutcome(2, a.epoch, 1, [51, 52, 60], [61])]
+    assert bench.told() == [RoundOutcome(2, a.epoch, 1, [51, 52, 60], [61], 3)]
     assert bench.histories == {"a": [1, 2, 50, 51, 52, 60], "b": [3, 70]}
     assert bench.deferred.proposed() == (["a"], [[61]])
     counted = bench.counters.as_dict()
@@ -175,17 +180,17 @@ def test_without_a_draft_and_with_another(bench: Bench) -> None:
     assert bench.told() == []
     # The next draft has a table of its own and is told everything when its readiness is noticed.
     bench.link.outcomes = bench.new_cache("second")
-    bench.link.newly_ready = True
+    bench.link.news = News.READY
     assert bench.step({"a": (1, 55)}) == [[]]
     bench.deferred.proposed()
-    start, outcome = bench.link.take_sent()
+    outcome, start = bench.link.take_sent()
     assert isinstance(start, Start)
     assert isinstance(outcome, Outcomes)
-    assert start.tokens == torch.tensor([1, 2, 50], dtype=torch.int32).numpy().tobytes()
-    assert outcome.rows == [RoundOutcome(1, start.epoch, 0, [55], [])]
-    bench.link.publish(start, 1, 0, 56, [57])
+    assert start.tokens == torch.tensor([1, 2, 50, 55], dtype=torch.int32).numpy().tobytes()
+    assert outcome.rows == []
+    bench.link.publish(start, 0, 0, 56, [57])
     assert bench.step({"a": (1, 56)}) == [[57]]
-    assert bench.told() == [RoundOutcome(1, start.epoch, 1, [56], [57])]
+    assert bench.told() == [RoundOutcome(1, start.epoch, 0, [56], [57], 0)]
     assert bench.histories["a"] == [1, 2, 50, 55, 56]
 
 
@@ -197,15 +202,16 @@ def test_a_row_that_waits_while_the_draft_is_told_anew(bench: Bench) -> None:
     bench.link.publish(a, 0, 0, 50, [51, 52])
     assert bench.step({"a": (1, 50)}) == [[51, 52]]
     bench.told()
-    bench.link.newly_ready = True
+    bench.link.news = News.READY
     assert bench.step({"b": (1, 7)}) == [[]]
     bench.deferred.proposed()
-    starts = {message.slot: message for message in bench.link.take_sent() if isinstance(message, Start)}
     assert bench.step({"a": (3, 60)}) == [[]]
-    assert bench.told() == [RoundOutcome(1, starts[1].epoch, 0, [51, 52, 60], [])]
+    bench.deferred.proposed()
+    starts = {message.slot: message for message in bench.link.take_sent() if isinstance(message, Start)}
+    assert starts[1].tokens == torch.tensor([1, 2, 50, 51, 52, 60], dtype=torch.int32).numpy().tobytes()
     assert bench.histories["a"] == [1, 2, 50, 51, 52, 60]
-    bench.link.publish(starts[1], 1, 0, 61, [62])
-    bench.link.publish(starts[2], 1, 0, 8, [9])
+    bench.link.publish(starts[1], 0, 0, 61, [62])
+    bench.link.publish(starts[2], 0, 0, 8, [9])
     assert bench.step({"a": (1, 61), "b": (1, 8)}) == [[62], [9]]
 
 
@@ -230,7 +236,7 @@ def test_the_plan_limits_what_is_served(bench: Bench) -> None:
     bench.proposer.planner = FixedPlan(Plan(1, BUDGET))
     bench.link.publish(a, 0, 0, 50, [51, 52, 53])
     assert bench.step({"a": (1, 50)}) == [[51]]
-    assert bench.told() == [RoundOutcome(1, a.epoch, 0, [50], [51])]
+    assert bench.told() == [RoundOutcome(1, a.epoch, 0, [50], [51], 0)]
 
 
 def test_a_table_in_the_gpu_is_read_instead_of_the_hosts(bench: Bench) -> None:
@@ -257,23 +263,102 @@ def test_a_request_without_tokens_finds_nothing(bench: Bench) -> None:
     assert bench.told() == []
 
 
-def test_a_failure_ends_speculation_and_nothing_else(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+class PlantedError(RuntimeError):
+    """What these tests raise."""
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, times: int) -> None:
+    """Let a method fail so many times, then do its work."""
+    stock, left = getattr(owner, name), [times]
+
+    def fail(*args: object, **kwargs: object) -> object:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise PlantedError("planted")
+        return stock(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, fail)
+
+
+@pytest.mark.parametrize("point", ["receive", "_hear_of_draft", "_rows", "_go_on", "_count", "_tell"])
+def test_a_failure_of_the_bookkeeping_costs_one_round(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, point: str
 ) -> None:
+    a, b = bench.start("a", 1, [1, 2]), bench.start("b", 2, [3])
+    assert a is not None
+    assert b is not None
+    plant(monkeypatch, bench.proposer, point, 1)
+    bench.link.publish(a, 0, 0, 50, [51])
+    with caplog.at_level("ERROR", logger="vllm.ssd"):
+        assert bench.step({"a": (1, 50)}) == [[51]]  # looked up on the device, and verified
+        bench.deferred.proposed()
+        bench.link.take_sent()
+        assert bench.step({"a": (2, 60)}) == [[]]
+        bench.deferred.proposed()
+    assert caplog.text.count("Traceback") == 1
+    assert bench.counters["failures"] == 1
+    assert bench.histories["a"] == [1, 2, 50, 51, 60]
+    (again,) = [message for message in bench.link.take_sent() if isinstance(message, Start)]
+    assert again.tokens == torch.tensor([1, 2, 50, 51, 60], dtype=torch.int32).numpy().tobytes()
+    bench.link.publish(again, 0, 0, 61, [62])
+    bench.link.publish(b, 0, 0, 7, [8])
+    assert bench.step({"a": (1, 61), "b": (1, 7)}) == [[62], [8]]  # b was never harmed
+
+
+@pytest.mark.parametrize("point", ["new_tokens", "extend"])
+def test_a_gap_in_a_requests_tokens_is_that_requests_alone(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    assert bench.start("a", 1, [1, 2]) is not None
+    b = bench.start("b", 2, [3])
+    assert b is not None
+    plant(monkeypatch, bench, point, 1)
+    bench.step({"a": (1, 50)})
+    bench.deferred.proposed()
+    bench.link.publish(b, 0, 0, 7, [8])
+    for _ in range(2):
+        bench.step({"a": (1, 51)})
+    assert bench.step({"b": (1, 7)}) == [[8]]
+    bench.deferred.proposed()
+    assert not any(isinstance(message, Start) for message in bench.link.take_sent())
+
+
+def test_a_failed_look_up_costs_its_requests_their_drafts(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert bench.start("a", 1, [1, 2]) is not None
+    b = bench.start("b", 2, [3])
+    assert b is not None
+    plant(monkeypatch, deferred_module, "look_up", 1)
+    assert bench.step({"a": (1, 50)}) == [[]]
+    assert bench.step({"a": (1, 51)}) == [[]]
+    bench.link.publish(b, 0, 0, 7, [8])
+    assert bench.step({"b": (1, 7)}) == [[8]]
+    assert bench.counters["failures"] == 1
+
+
+def test_a_device_that_cannot_look_up_ends_speculation_and_nothing_else(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.may_fail = True
+    bench.start("a", 1, [1, 2])
+    plant(monkeypatch, deferred_module, "look_up", deferred_module.MOST_FAILURES)
+    for token in range(deferred_module.MOST_FAILURES + 2):
+        assert bench.step({"a": (1, token)}) == [[]]
+    assert bench.link.cache is None  # the draft has been ended: it would work for nobody
+    assert bench.deferred.proposed() == ([], [])
+
+
+def test_a_thread_that_has_ended_is_not_waited_for(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.may_fail = True
     a = bench.start("a", 1, [1, 2])
     assert a is not None
 
-    def fail(*args: object) -> None:
-        raise RuntimeError("planted")
+    def end(*args: object) -> None:
+        raise SystemExit  # as nothing in it does; the thread has no guard against it
 
-    bench.may_fail = True
-
-    monkeypatch.setattr(bench.proposer, "take_in", fail)
-    with caplog.at_level("ERROR", logger="vllm.ssd"):
-        bench.step({"a": (1, 50)})
-        bench.deferred.proposed()
-    assert "planted" in caplog.text
-    bench.link.publish(a, 1, 0, 51, [52])
-    assert bench.step({"a": (1, 51)}) == [[]]
-    assert bench.told() == []
-    assert bench.link.cache is None  # the draft has been ended: it would work for nobody
+    monkeypatch.setattr(bench.deferred, "_receive", end)
+    for token in range(5):
+        assert bench.step({"a": (1, token)}) == [[]]
+        bench.proposer.generation += 1  # so that the rounds in flight are asked for
+    assert bench.deferred.proposed() == ([], [])

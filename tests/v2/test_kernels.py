@@ -53,8 +53,8 @@ def lookup_case(seed: int, num_rows: int, num_branches: int, num_drafts: int) ->
 def assert_same_lookup(case: list[torch.Tensor]) -> torch.Tensor:
     case = [tensor.to(DEVICE) for tensor in case]
     expected = [tensor.clone() for tensor in case]
-    look_up(*case)
-    look_up_reference(*expected)
+    look_up(*case, vocab_size=900)  # some drafts are no tokens of it
+    look_up_reference(*expected, vocab_size=900)
     for got, wanted in zip(case, expected, strict=True):
         assert torch.equal(got, wanted)
     return case[-1]

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vllm_ssd.outcome_gpu import GpuOutcomeCache
 
 CLEANING_UP_S = 1.0
+UNSUPPORTED = "UnsupportedDraft"  # of `vllm_ssd.draft.loading`, which may be what cannot be imported
 
 
 def main() -> None:
@@ -51,7 +52,7 @@ def _serve(configure: Configure) -> None:
     try:
         server = _build_server(configure, channel)
     except Exception as error:
-        channel.send(Failed(f"{type(error).__name__}: {error}"))
+        channel.send(Failed(f"{type(error).__name__}: {error}", is_final=type(error).__name__ == UNSUPPORTED))
         raise
     server.run()
 
@@ -92,6 +93,7 @@ def _build_server(configure: Configure, channel: Channel):  # type: ignore[no-un
         configure.max_slots,
         configure.branch_budget,
         configure.num_speculative_tokens,
+        configure.vocab_size,
         create=False,
     )
     laws = None
@@ -107,7 +109,10 @@ def _build_server(configure: Configure, channel: Channel):  # type: ignore[no-un
     counters.set("messages", 0)
     gc.collect()
     gc.freeze()
-    channel.send(Ready(engine.num_blocks, engine.block_size, *step_times, gpu_cache is not None))
+    ready = Ready(
+        engine.num_blocks, engine.block_size, *step_times, engine.max_model_len, gpu_cache is not None
+    )
+    channel.send(ready)
     return DraftServer(configure, engine, channel, gpu_cache or cache, counters, laws)
 
 

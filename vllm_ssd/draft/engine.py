@@ -166,6 +166,16 @@ class DraftEngine:
         """One step over so many short rows, before any block is in use."""
         self._run_on_scratch_blocks(num_rows, 1)
 
+    def check(self) -> None:
+        """Run a step that is about no request.
+
+        Raises:
+            Exception: whatever keeps the device from running any.
+        """
+        filler = np.array([[self.num_blocks]], dtype=np.int32)
+        zero, one = np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.int32)
+        self.forward(Rows(zero, zero, one, filler, zero))
+
     def _run_on_scratch_blocks(
         self, num_rows: int, length: int, sampling: RowSampling | None = None
     ) -> StepPredictions:

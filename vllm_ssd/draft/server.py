@@ -11,6 +11,8 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, Protocol
 
 import numpy as np
@@ -37,7 +39,9 @@ from vllm_ssd.draft.measured import Measured, OutcomeStatistics
 from vllm_ssd.draft.requests import BlockCopies, DraftRequest
 from vllm_ssd.draft.rows import Candidates, Place, Predictions, Rows
 from vllm_ssd.draft_laws import DraftLaws
+from vllm_ssd.failures import Failures
 from vllm_ssd.fanout import geometric_fanout, global_fanout, listed_fanout, scale_fanout, uniform_fanout
+from vllm_ssd.outcome import Outcome
 
 IDLE_POLL_MS = 200
 SPIN_SECONDS = 0.02  # after work, before the draft's core may sleep: with cold caches steps are slow
@@ -64,6 +68,9 @@ class Engine(Protocol):
 
     def copy_blocks(self, sources: Int64Array, targets: Int64Array) -> None: ...
 
+    def check(self) -> None:
+        """Raises if no step can be run any more, whatever is in it."""
+
 
 class BranchTable(Protocol):
     """What the server needs of the outcome cache (see `vllm_ssd.outcome` and `vllm_ssd.outcome_gpu`)."""
@@ -75,6 +82,8 @@ class BranchTable(Protocol):
     def publish(self, slot: int, first: int, depth: int, tokens: Int64Array) -> None: ...
 
     def close_branches(self, slot: int) -> None: ...
+
+    def decline(self, outcome: Outcome) -> None: ...
 
 
 class DraftServer:
@@ -119,6 +128,8 @@ class DraftServer:
         self._measured = Measured(configure.branch_budget)
         self._recent_step_ns = RunningMean(1e6)
         self._advancing: list[BranchGroup] = []  # what the last step was made of, if of nothing else
+        self._at_work: Iterable[DraftRequest] = ()  # whom the code that runs just now is about
+        self._failures = Failures(logger, "a step of the draft failed; its requests go on without drafts")
 
     def run(self) -> None:
         """Serve until the target hangs up."""
@@ -140,16 +151,16 @@ class DraftServer:
             message = self._channel.receive()
 
     def handle(self, message: ToDraft) -> None:
-        """Take in one message; those of an epoch that is over are ignored."""
+        """Receive one message; those of an epoch that is over are ignored."""
         if isinstance(message, Start):
-            self._start(message)
+            self._contain(self._start, message)
         elif isinstance(message, Outcomes):
             self._depth, self._budget = message.num_drafts, message.branch_budget
             for outcome in message.rows:
-                self._settle(outcome)
+                self._contain(self._settle, outcome)
         elif isinstance(message, Missed):
             for missed in message.rows:
-                self._await_drafts(missed)
+                self._contain(self._await_drafts, missed)
         elif isinstance(message, Stop):
             request = self._requests.get(message.slot)
             if request is not None and request.epoch == message.epoch:
@@ -158,11 +169,48 @@ class DraftServer:
             for slot in list(self._requests):
                 self._stop(slot)
 
+    def _contain(self, act: Callable[[Any], None], message: Start | RoundOutcome | MissedRow) -> None:
+        """Act on what concerns one request; a failure is that request's alone."""
+        try:
+            act(message)
+        except Exception:
+            self._failures.note()
+            self._drop(message.slot)
+
+    def _drop(self, slot: int) -> None:
+        """Forget a request for whom something failed: the target decodes it without drafts."""
+        self._counters.add("dropped")
+        self._starved.clear()
+        self._evicted.discard(slot)
+        request = self._requests.pop(slot, None)
+        with suppress(Exception):  # its bookkeeping may be what failed
+            self._cache.close_branches(slot)
+            if request is not None:
+                request.release()
+
     def step(self) -> bool:
-        """Fork what can be forked, run one forward, publish its tokens; False if there was nothing to do."""
+        """Fork what can be forked, run one forward, publish its tokens; False if there was nothing to do.
+
+        Where that fails, the requests that it was about are dropped, and no others.
+
+        Raises:
+            Exception: if the engine cannot run any step: another process has to.
+        """
+        try:
+            return self._step()
+        except Exception:
+            self._failures.note()
+            for request in self._at_work:
+                self._drop(request.slot)
+            self._advancing = []
+            self._engine.check()
+            return True
+
+    def _step(self) -> bool:
         began = time.perf_counter_ns()
         self._reserve()
         self._fork()
+        self._at_work = list(self._requests.values())
         requests = [request for request in self._requests.values() if request.is_urgent]
         trunk_rows, groups = self._trunk_rows(requests), self._groups(requests, below=self._num_drafts)
         if not trunk_rows and not groups:
@@ -172,6 +220,8 @@ class DraftServer:
             groups = self._groups(requests, below=self._depth + 1)  # idle: compute the tips
         if not trunk_rows and not groups:
             return False
+        in_step = [row.request for row in trunk_rows] + [request for request, _ in groups]
+        self._at_work = {request.slot: request for request in in_step}.values()
         self._take_in(trunk_rows, groups, self._predict(trunk_rows, groups))
         self._counters.add("steps")
         self._counters.add("rows", len(trunk_rows) + sum(len(group) for _, group in groups))
@@ -185,11 +235,14 @@ class DraftServer:
     def _start(self, message: Start) -> None:
         if message.slot in self._requests:  # a stop that was lost with an earlier draft
             self._stop(message.slot)
-        tokens = np.frombuffer(message.tokens, dtype="<i4").tolist()
+        tokens = np.frombuffer(message.tokens, dtype="<i4")
+        most, sampling = self._engine.vocab_size, message.sampling
+        if not (len(tokens) and 0 <= tokens.min() <= tokens.max() < most and 0 <= sampling.top_k < most):
+            raise ValueError(f"a request that no step can hold: {sampling}, {tokens}")
         self._requests[message.slot] = DraftRequest(
             message.slot,
             message.epoch,
-            tokens,
+            tokens.tolist(),
             self._pool,
             self._num_drafts,
             self._engine.max_model_len,
@@ -204,15 +257,21 @@ class DraftServer:
         self._evicted.discard(slot)
 
     def _await_drafts(self, missed: MissedRow) -> None:
+        k, token = len(missed.tokens) - 1, missed.tokens[-1]
         request = self._asked_about(missed)
-        if request is None:
-            return
-        statistics, k, token = self._statistics(request), len(missed.tokens) - 1, missed.tokens[-1]
-        learnt = k, request.num_sent, request.rank(k, token), request.confidences(k)
-        if request.await_drafts(missed.tokens, missed.num_drafts):
-            statistics.add(*learnt)
-            self._cache.close_branches(missed.slot)
-            self._starved.clear()
+        if request is not None:
+            statistics = self._statistics(request)
+            learnt = k, request.num_sent, request.rank(k, token), request.confidences(k)
+            if request.await_drafts(missed.tokens, missed.num_drafts):
+                statistics.add(*learnt)
+                self._cache.close_branches(missed.slot)
+                self._starved.clear()
+        if missed.slot not in self._requests or (request is not None and not self._can_answer(request)):
+            self._cache.decline(Outcome(missed.slot, missed.epoch, missed.round, k, token))
+
+    def _can_answer(self, request: DraftRequest) -> bool:
+        """Whether drafts that the target waits for can come soon: not while a prompt is to be computed."""
+        return not self._waits(request) and request.num_uncomputed <= self._num_drafts + 1
 
     def _settle(self, outcome: RoundOutcome) -> None:
         request = self._asked_about(outcome)
@@ -221,7 +280,8 @@ class DraftServer:
         if request.awaited is None:  # else it was counted then
             k, token = len(outcome.tokens) - 1, outcome.tokens[-1]
             rank, confidences = request.rank(k, token), request.confidences(k)
-            self._statistics(request).add(k, request.num_sent, rank, confidences)
+            num_verified = min(outcome.num_verified, request.num_sent)
+            self._statistics(request).add(k, num_verified, rank, confidences)
         adopted = request.settle(outcome)
         if adopted is not None:
             self._counters.add("adopted")
@@ -257,6 +317,7 @@ class DraftServer:
         ]
         if not wanted:
             return
+        self._at_work = {request.slot: request for request, _ in wanted}.values()
         places = [request.unread.pop(k) for request, k in wanted]
         found = self._engine.likeliest(places, self._num_candidates)
         for index, (request, k) in enumerate(wanted):
@@ -267,7 +328,9 @@ class DraftServer:
         copies = BlockCopies()
         budget = self._branch_budget()
         share = 0
+        forked = []
         for request in self._requests.values():
+            self._at_work = [request]
             if request.slot in self._starved:
                 continue
             if request.awaited is not None and request.can_fork_awaited:
@@ -286,10 +349,12 @@ class DraftServer:
                 if lacks_blocks:
                     self._starved.add(request.slot)
                 continue
+            forked.append(request)
             self._counters.add("branches", len(group))
             self._cache.open_branches(
                 request.slot, group.first_entry, request.epoch, request.round, group.ks, group.chains[:, 0]
             )
+        self._at_work = forked
         if copies.sources:
             self._engine.copy_blocks(np.array(copies.sources), np.array(copies.targets))
 
@@ -341,6 +406,7 @@ class DraftServer:
     def _reserve(self) -> None:
         """Blocks for what all trunks lack, before branches take any."""
         for request in self._requests.values():
+            self._at_work = [request]
             if self._waits(request) or not request.num_uncomputed:
                 continue
             self._evicted.discard(request.slot)
