@@ -17,6 +17,8 @@ class SSDWorker(DraftHost, CPUWorker):
         is_v2 = self.use_v2_model_runner
         with compat.cpu_runner_class(_runner_class(is_v2), is_v2=is_v2):
             super().init_device()
+        if not is_v2:
+            compat.mend_rejection_sampler(self.model_runner.rejection_sampler)
         self.connect()
 
 
