@@ -17,13 +17,7 @@ from vllm_ssd import compat
 from vllm_ssd.channel import Configure
 from vllm_ssd.config import GIB, SSDSpeculativeConfig
 from vllm_ssd.costs import Costs
-from vllm_ssd.counters import (
-    DRAFT_COUNTERS_FILE,
-    DRAFT_FIELDS,
-    TARGET_COUNTERS_FILE,
-    Counters,
-    target_fields,
-)
+from vllm_ssd.counters import TARGET_COUNTERS_FILE, Counters, target_fields
 from vllm_ssd.fallback import (
     AutoFallback,
     Fallback,
@@ -144,6 +138,7 @@ class TargetsDraft:
                 ssd.ssd_stall_timeout,
                 ssd.ssd_max_restarts,
                 allocate,
+                restore_folder=self._folder.restore,
             )
         except Exception:  # such as no room for the laws
             self._folder.remove()
@@ -195,11 +190,8 @@ class TargetsDraft:
 
     def stats(self) -> dict[str, Any]:
         """All counters of both halves."""
-        draft = Counters(self._folder.path / DRAFT_COUNTERS_FILE, DRAFT_FIELDS, create=False)
-        return {
-            **self._counters.as_dict(),
-            "draft": {"pid": self.supervisor.pid, "state": self.supervisor.state.value, **draft.as_dict()},
-        }
+        draft = {"pid": self.supervisor.pid, "state": self.supervisor.state.value}
+        return {**self._counters.as_dict(), "draft": draft | self.supervisor.draft_counters.as_dict()}
 
     def close(self) -> None:
         """Stop the draft and remove what was shared; once."""
