@@ -15,7 +15,7 @@ from vllm.logger import init_logger
 
 from vllm_ssd import compat
 from vllm_ssd.channel import Configure
-from vllm_ssd.config import GIB, SSDSpeculativeConfig
+from vllm_ssd.config import GIB, SSDSpeculativeConfig, engine_cores
 from vllm_ssd.costs import Costs
 from vllm_ssd.counters import TARGET_COUNTERS_FILE, Counters, target_fields
 from vllm_ssd.fallback import (
@@ -127,7 +127,7 @@ class TargetsDraft:
         assert isinstance(ssd, SSDSpeculativeConfig)
         assert ssd.ssd_shared_dir is not None
         self._vllm_config, self._ssd = vllm_config, ssd
-        self._folder = SharedFolder(Path(ssd.ssd_shared_dir))
+        self._folder = SharedFolder(Path(ssd.ssd_shared_dir), engine_cores(ssd))
         fields = target_fields(ssd.num_speculative_tokens)
         try:
             self._counters = Counters(self._folder.path / TARGET_COUNTERS_FILE, fields, create=True)
