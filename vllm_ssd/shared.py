@@ -98,8 +98,8 @@ class SharedFolder:
         """Make anew what is not there any more: tmp cleaners remove it, or systemd when its user logs out."""
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not (self.path / LOCK_FILE).exists():
-            os.close(self._lock)
-            self._lock = self._make_lock()
+            before, self._lock = self._lock, self._make_lock()
+            os.close(before)
 
     def _make_lock(self) -> int:
         unlocked = self.path / f"{LOCK_FILE}.new"
