@@ -47,6 +47,7 @@ ENGINE_ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_SSD_PATCH": "1",  # vLLM's own speculation is to sample rightly too
 }
 
 

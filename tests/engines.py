@@ -55,7 +55,6 @@ class Engines:
 def build(target: Path, speculative_config: dict[str, Any] | None = None, **options: Any) -> Any:
     """An `LLM` in this process, in float32."""
     from vllm import LLM
-    from vllm.platforms.cpu import CpuPlatform
 
     # vLLM binds this very thread to the target's core; the next engine must see all cores again.
     os.sched_setaffinity(0, CORES)
@@ -75,11 +74,7 @@ def build(target: Path, speculative_config: dict[str, Any] | None = None, **opti
             name: str(value) if isinstance(value, Path) else value
             for name, value in speculative_config.items()
         }
-    llm = LLM(str(target), **chosen)
-    if "distributed_executor_backend" not in chosen:  # else it was done elsewhere
-        # Once is enough for a process; vLLM's next search for kernels trips over modules that came since.
-        CpuPlatform.register_triton_kernel_overrides = classmethod(lambda cls: None)
-    return llm
+    return LLM(str(target), **chosen)
 
 
 def ssd(draft: Path, num_speculative_tokens: int, **options: Any) -> dict[str, Any]:

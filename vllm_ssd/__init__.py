@@ -12,6 +12,8 @@ def register() -> None:
     idempotent and cheap. On a version of vLLM that is not supported nothing changes, except that asking for
     method "ssd" gets one clear error.
     """
+    import os
+
     from vllm_ssd import compat
 
     if not compat.is_supported_version():
@@ -19,8 +21,8 @@ def register() -> None:
         return
     try:
         compat.allow_async_scheduling()
-        compat.mend_cpu_sampling()
-        compat.mend_min_tokens_of_bonus()
+        if os.environ.get(compat.PATCH_ALL) == "1":
+            compat.mend_all_rejection_samplers()
         compat.add_metrics()
         compat.add_method_ssd()
     except (AttributeError, ImportError) as error:  # vLLM lets it end every engine, also those without SSD

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
-import numpy as np
 import torch
 
 SUPPORTED_VERSIONS = ("0.32.", "0.33.")
+PATCH_ALL = "VLLM_SSD_PATCH"  # set to "1", this environment variable mends engines without SSD as well
 _MARK = "_vllm_ssd"
 
 
@@ -45,8 +46,12 @@ def add_method_ssd() -> None:
             if ours := sys.modules.get("vllm_ssd.config"):  # of an earlier engine of this process
                 ours.restore_binding()
             return stock(self, target_model_config, target_parallel_config)
+        from vllm.platforms import current_platform
+
         from vllm_ssd.config import create_ssd_config
 
+        if current_platform.is_cpu():
+            mend_kernel_scan()  # before there is a worker, whose process is this one or forked from it
         return create_ssd_config(self, target_model_config, target_parallel_config)
 
     setattr(create_speculative_config, _MARK, True)
@@ -95,49 +100,85 @@ def _asks_for_ssd(engine_args: Any) -> bool:
     return bool(asked == "ssd")
 
 
-def mend_cpu_sampling() -> None:
+def mend_rejection_sampler(sampler: Any) -> None:
+    """Make both repairs below in vLLM's V1 rejection sampler.
+
+    Why this one alone: they concern every speculative method, and engines without SSD are not ours to change.
+
+    Args:
+        sampler: the runner's `RejectionSampler`.
+    """
+    sampler.forward = MethodType(_mended_forward(), sampler)
+
+
+def mend_all_rejection_samplers() -> None:
+    """The same for all engines, where `PATCH_ALL` asks for it: baselines of SSD are to be right as well."""
+    from vllm.v1.sample.rejection_sampler import RejectionSampler
+
+    RejectionSampler.forward = _mended_forward()
+
+
+def _mended_forward() -> Callable[..., Any]:
+    from vllm.platforms import current_platform
+    from vllm.v1.sample.rejection_sampler import RejectionSampler
+
+    forward: Callable[..., Any] = RejectionSampler.forward
+    if hasattr(forward, _MARK):
+        return forward
+    forward = mend_min_tokens_of_bonus(forward)
+    if current_platform.is_cpu():
+        forward = mend_cpu_sampling(forward)
+    setattr(forward, _MARK, True)
+    return forward
+
+
+def mend_cpu_sampling(stock: Callable[..., Any]) -> Callable[..., Any]:
     """Repair the expansion of per-request sampling parameters to draft rows on CPU.
 
     Failure: `vllm.utils.cpu_triton_utils._expand_kernel_impl` hands its kernel an int64 *copy* of the output
     and drops it, so temperature, top_k and top_p of all speculated rows are uninitialised memory, and every
     speculative method samples from the wrong distribution at temperature > 0. Still so in 0.33.
     tests/e2e/test_exactness.py shows the fault and the mend. Goes when upstream writes its result back.
-    """
-    from vllm.utils import cpu_triton_utils
 
-    stock = cpu_triton_utils._expand_kernel_impl
-    if hasattr(stock, _MARK):
-        return
+    Args:
+        stock: `RejectionSampler.forward`.
+    """
+    module: Any = importlib.import_module("vllm.v1.sample.rejection_sampler")
 
     def expand(
-        output: torch.Tensor,  # [num_tokens]
-        input_val: torch.Tensor,  # [batch]
+        x: torch.Tensor,  # [batch]
         cu_num_tokens: torch.Tensor,  # [batch], cumulative
-        replace_from: int,
-        replace_to: int,
-        MAX_NUM_TOKENS: int | None = None,  # the Triton kernel's block size, unused here
-    ) -> None:
-        values, counts = input_val.numpy(), np.diff(cu_num_tokens.numpy(), prepend=0)
-        output.numpy()[:] = np.repeat(np.where(values == replace_from, replace_to, values), counts)
+        num_tokens: int,
+        replace_from: int = 0,
+        replace_to: int = 0,
+    ) -> torch.Tensor:
+        """[num_tokens]"""
+        counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+        return x.masked_fill(x == replace_from, replace_to).repeat_interleave(counts, output_size=num_tokens)
 
-    setattr(expand, _MARK, stock)
-    cpu_triton_utils._expand_kernel_impl = expand
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        stock_expand = module.expand_batch_to_tokens
+        module.expand_batch_to_tokens = expand
+        try:
+            return stock(*args, **kwargs)
+        finally:
+            module.expand_batch_to_tokens = stock_expand
+
+    return forward
 
 
-def mend_min_tokens_of_bonus() -> None:
+def mend_min_tokens_of_bonus(stock: Callable[..., Any]) -> Callable[..., Any]:
     """Let `min_tokens` end where it should when the last accepted draft reaches it (V1 runner).
 
     Failure: the bonus token is sampled by the plain sampler, which forbids stop tokens by the output's length
     before the step. With min_tokens=10, 8 tokens so far and 3 accepted drafts, the bonus token may be a stop
     token but is kept from it, and greedy output differs from that without speculation, for every
     speculative method. Goes when upstream counts the drafts.
+
+    Args:
+        stock: `RejectionSampler.forward`.
     """
     from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
-    from vllm.v1.sample.rejection_sampler import RejectionSampler
-
-    stock = RejectionSampler.forward
-    if hasattr(stock, _MARK):
-        return
 
     def forward(
         self: Any, metadata: Any, draft_probs: Any, logits: torch.Tensor, sampling_metadata: Any
@@ -163,8 +204,32 @@ def mend_min_tokens_of_bonus() -> None:
             for processor, logits_slice in zip(restricted, before, strict=True):
                 processor.logits_slice = logits_slice
 
-    setattr(forward, _MARK, stock)
-    RejectionSampler.forward = forward
+    return forward
+
+
+def mend_kernel_scan() -> None:
+    """Let vLLM's search for the users of a kernel pass by objects that are not what they say (CPU).
+
+    Failure: at every engine's start `vllm.triton_utils.dispatcher._rebind_kernels` reads `vars(value)` of all
+    that modules hold where `hasattr(value, "__dict__")`. llvmlite's `binding.ffi.lib` answers any name with a
+    function, also "__dict__". So with Numba in the process no engine starts: AttributeError:
+    '_lib_fn_wrapper' object has no attribute 'get'. Our noise brings Numba, and so does vLLM's own method
+    `ngram`: after such an LLM the next one in the process (VLLM_ENABLE_V1_MULTIPROCESSING=0) fails without
+    this plugin as well (seen in 0.32.0). Goes when upstream asks for `isinstance(vars(value), Mapping)`.
+    It stays for later engines of the process, as Numba does, and changes nothing that works.
+    """
+    module: Any = importlib.import_module("vllm.triton_utils.dispatcher")
+    _ = module._rebind_kernels
+
+    def has_attribute(value: object, name: str) -> bool:
+        if name != "__dict__":
+            return hasattr(value, name)
+        try:
+            return isinstance(vars(value), Mapping)
+        except Exception:  # whatever that object does when it is asked
+            return False
+
+    module.hasattr = has_attribute  # found before the builtin
 
 
 def add_metrics() -> None:

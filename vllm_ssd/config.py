@@ -19,7 +19,7 @@ from vllm.logger import init_logger
 from vllm.platforms import CpuArchEnum, current_platform
 from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_visible_memory_node
 
-from vllm_ssd.shared import NAME_BYTES, name_shared_folder, remove_at_exit
+from vllm_ssd.shared import NAME_BYTES, cores_of_others, name_shared_folder, remove_at_exit
 
 logger = init_logger("vllm.ssd")
 
@@ -150,8 +150,9 @@ def create_ssd_config(engine_args: Any, target_model_config: Any, target_paralle
         raise ValueError(f"method 'ssd' brings its own worker; remove worker_cls={worker!r}")
     if current_platform.is_cpu():
         target_parallel_config.worker_cls = "vllm_ssd.worker_cpu.SSDWorker"
-        _leave_cores_to_draft(ssd.draft_cores, target_parallel_config.local_world_size)
-        _warn_of_shared_cores(ssd.draft_cores)
+        others = cores_of_others(Path(ssd.ssd_shared_dir))
+        _leave_cores_to_draft(ssd.draft_cores, target_parallel_config.local_world_size, others)
+        _warn_of_shared_cores(ssd.draft_cores, others)
     else:
         target_parallel_config.worker_cls = "vllm_ssd.worker_cuda.SSDWorker"
     if not _on_v2_runner():
@@ -356,8 +357,21 @@ def _choose_draft_cores(ssd: SSDSpeculativeConfig) -> list[int]:
         return cores
     if not current_platform.is_cpu():
         return allowed
-    left = sorted(set(allowed) - _bound_cores(_binding_by_user()))
-    return [(left or allowed)[-1]]
+    assert ssd.ssd_shared_dir is not None  # named before
+    left = set(allowed) - _bound_cores(_binding_by_user())
+    free = left - cores_of_others(Path(ssd.ssd_shared_dir))
+    return [max(free or left or allowed)]
+
+
+def engine_cores(ssd: SSDSpeculativeConfig) -> set[int]:
+    """The cores that the engine uses, target and draft; none with a GPU, where neither is bound to any."""
+    if ssd.draft_device != "cpu":
+        return set()
+    return _target_cores() | set(ssd.draft_cores)
+
+
+def _target_cores() -> set[int]:
+    return _bound_cores(os.environ.get(_BINDING, "auto")) or os.sched_getaffinity(0)
 
 
 def _bound_cores(binding: str) -> set[int]:
@@ -373,13 +387,19 @@ def _binding_by_user() -> str:
     return "auto" if binding == _bound else binding
 
 
-def _leave_cores_to_draft(draft_cores: list[int], num_ranks: int) -> None:
+def _leave_cores_to_draft(draft_cores: list[int], num_ranks: int, others: set[int]) -> None:
     """Bind the target's ranks to the remaining cores unless the user bound them: sharing one core with the
-    draft, or OpenMP threads of both on all cores, is many times slower than no speculation at all."""
+    draft, or OpenMP threads of both on all cores, is many times slower than no speculation at all.
+
+    Args:
+        others: cores of other engines, left to them where there are enough.
+    """
     global _bound
     if _binding_by_user() != "auto":
         return
-    shares = _shares_of_ranks(draft_cores, num_ranks)
+    shares = _shares_of_ranks([*draft_cores, *others], num_ranks)
+    if not all(shares):
+        shares = _shares_of_ranks(draft_cores, num_ranks)
     if num_ranks > 1 and not all(shares):
         raise ValueError(
             f"{num_ranks} ranks of the target need a core each beside the draft's; set {_BINDING}, such as "
@@ -389,9 +409,16 @@ def _leave_cores_to_draft(draft_cores: list[int], num_ranks: int) -> None:
         os.environ[_BINDING] = _bound = "|".join(_format_cores(sorted(share)) for share in shares)
 
 
-def _warn_of_shared_cores(draft_cores: list[int]) -> None:
-    target_cores = _bound_cores(os.environ.get(_BINDING, "auto")) or os.sched_getaffinity(0)
-    shared = sorted(target_cores & set(draft_cores))
+def _warn_of_shared_cores(draft_cores: list[int], others: set[int]) -> None:
+    with_others = sorted((_target_cores() | set(draft_cores)) & others)
+    if with_others:
+        logger.warning(
+            "another engine with SSD uses core %s as well, which may make both many times slower: give each "
+            "engine cores of its own with ssd_draft_cores and %s",
+            _format_cores(with_others),
+            _BINDING,
+        )
+    shared = sorted(_target_cores() & set(draft_cores))
     if shared:
         logger.warning(
             "target and draft share core %s, which may be many times slower than no speculation at all: give "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,6 +66,24 @@ class Counters:
     def __init__(self, path: Path, fields: Sequence[str], *, create: bool) -> None:
         self._values = map_array(path, np.int64, (len(fields),), create=create)
         self._index = {name: index for index, name in enumerate(fields)}
+        self._path = path
+        self._descriptor: int | None = None
+        if create:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            weakref.finalize(self, os.close, self._descriptor)
+
+    def restore_name(self) -> None:
+        """In the process that owns the file: let others find it again, if its name has been removed.
+
+        What was mapped stays in use by all that had mapped it, so the name leads to that, and to no new file.
+
+        Raises:
+            OSError: if the folder is not there.
+        """
+        assert self._descriptor is not None
+        if not self._path.exists():
+            self._path.unlink(missing_ok=True)
+            self._path.symlink_to(f"/proc/{os.getpid()}/fd/{self._descriptor}")
 
     def add(self, name: str, amount: int = 1) -> None:
         self._values[self._index[name]] += amount

@@ -6,6 +6,7 @@ own, reads them when Prometheus scrapes and when vLLM logs.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,10 @@ METRICS: dict[str, tuple[str, str, float]] = {
 
 
 class CounterReader:
-    """Reads what the engine has counted.
+    """Reads what the engine has counted, from the first time that it is there.
+
+    What has been mapped once stays in use, whatever becomes of the files' names. So an engine that has ended
+    leaves its last counts.
 
     Args:
         shared_dir: the engine's shared folder.
@@ -77,20 +81,20 @@ class CounterReader:
             (shared_dir / TARGET_COUNTERS_FILE, fields),
             (shared_dir / DRAFT_COUNTERS_FILE, DRAFT_FIELDS),
         ]
+        self._mapped: list[Counters] = []
         self._last: dict[str, int] = {}
+        self._map()  # in most frontends the engine is there by now
+
+    def _map(self) -> None:
+        # Not there yet, still empty, or no descriptors left: vLLM's own metrics must not suffer.
+        with contextlib.suppress(OSError, ValueError):
+            self._mapped = [Counters(path, fields, create=False) for path, fields in self._sources]
 
     def read(self) -> dict[str, int]:
-        """Every counter; empty where the engine is not (or no longer) there."""
-        now: dict[str, int] = {}
-        for path, fields in self._sources:
-            try:
-                now |= Counters(path, fields, create=False).as_dict()
-            except (
-                OSError,
-                ValueError,
-            ):  # gone, still empty, or no descriptors left: vLLM's own must not suffer
-                return {}
-        return now
+        """Every counter; empty where the engine is not there yet."""
+        if not self._mapped:
+            self._map()
+        return {name: value for counters in self._mapped for name, value in counters.as_dict().items()}
 
     def read_increase(self) -> dict[str, int]:
         """Every counter's increase since the last call of this."""
@@ -107,6 +111,8 @@ class SSDCollector:
         labelnames: vLLM's labels (model_name, engine).
         sources: for each engine its label values and its counters.
     """
+
+    _name = "vllm:ssd"  # vLLM removes an earlier engine's collectors by this (`unregister_vllm_metrics`)
 
     def __init__(self, labelnames: Sequence[str], sources: list[tuple[list[str], CounterReader]]) -> None:
         self._labelnames = labelnames
@@ -135,18 +141,6 @@ class SSDCollector:
         yield is_alive
 
 
-_registered: SSDCollector | None = None
-
-
-def register_collector(collector: SSDCollector) -> None:
-    """Put the collector of this process's engine in place of an earlier engine's."""
-    global _registered
-    if _registered is not None:
-        prometheus_client.REGISTRY.unregister(_registered)
-    prometheus_client.REGISTRY.register(collector)
-    _registered = collector
-
-
 def ssd_prometheus_class(stock: type) -> type:
     """vLLM's `SpecDecodingProm`, which also registers SSD's collector where the method is "ssd"."""
 
@@ -164,7 +158,7 @@ def ssd_prometheus_class(stock: type) -> type:
                     (list(map(str, values)), _reader(speculative_config))
                     for values in per_engine_labelvalues.values()
                 ]
-                register_collector(SSDCollector(labelnames, sources))
+                prometheus_client.REGISTRY.register(SSDCollector(labelnames, sources))
 
     return SSDSpecDecodingProm
 

@@ -20,12 +20,17 @@ from vllm_ssd.draft_laws import DraftLaw, PointMass
 from vllm_ssd.outcome import NOT_INTRODUCED
 
 
-def leads(parallel: ParallelConfig, rank: int) -> bool:
-    """Whether this rank talks to the draft: the first of the last pipeline stage, whose output vLLM takes.
+def leading_rank(parallel: ParallelConfig) -> int:
+    """The rank that talks to the draft: the first of the last pipeline stage, whose output vLLM takes.
 
     Upstream: `MultiprocExecutor._get_output_rank`.
     """
-    return rank == parallel.world_size - parallel.tensor_parallel_size
+    return parallel.world_size - parallel.tensor_parallel_size
+
+
+def leads(parallel: ParallelConfig, rank: int) -> bool:
+    """Whether this is the rank that talks to the draft."""
+    return rank == leading_rank(parallel)
 
 
 class Follower:

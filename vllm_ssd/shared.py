@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import math
 import os
 import re
 import shutil
+import stat
 import tempfile
 import time
 import uuid
 import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +24,7 @@ import numpy.typing as npt
 PREFIX = "vllm-ssd-"
 LOCK_FILE = "owner"
 _NAME_DIGITS = 12
+_MOST_LOCK_BYTES = 1 << 16  # names of cores
 _PATIENCE_S = 2.0  # a killed process holds its lock until its memory is freed
 NAME_BYTES = len(PREFIX) + _NAME_DIGITS
 
@@ -76,19 +81,33 @@ class SharedFolder:
 
     Args:
         path: see `name_shared_folder`.
+        cores: what the engine is bound to; other engines see it (`cores_of_others`).
 
     Raises:
         FileExistsError: if it is there already: what is removed in the end must be our own.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, cores: Iterable[int] = ()) -> None:
         _remove_abandoned(path.parent)
         self.path = path
+        self._cores = sorted(cores)
         path.mkdir(mode=0o700, parents=True)
-        unlocked = path / f"{LOCK_FILE}.new"
-        self._lock = os.open(unlocked, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-        unlocked.rename(path / LOCK_FILE)  # nobody sees the lock before it is held
+        self._lock = self._make_lock()
+
+    def restore(self) -> None:
+        """Make anew what is not there any more: tmp cleaners remove it, or systemd when its user logs out."""
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not (self.path / LOCK_FILE).exists():
+            before, self._lock = self._lock, self._make_lock()
+            os.close(before)
+
+    def _make_lock(self) -> int:
+        unlocked = self.path / f"{LOCK_FILE}.new"
+        lock = os.open(unlocked, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        os.write(lock, ",".join(map(str, self._cores)).encode())
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        unlocked.rename(self.path / LOCK_FILE)  # nobody sees the lock before it is held
+        return lock
 
     def remove(self) -> None:
         """Delete the folder and all that is in it."""
@@ -114,22 +133,57 @@ def _remove_once_abandoned(folder: Path) -> None:
 
 
 def _remove_abandoned(parent: Path) -> None:
-    for lock in parent.glob(f"{PREFIX}*/{LOCK_FILE}"):
-        _remove_if_abandoned(lock.parent)
+    for folder in parent.glob(f"{PREFIX}*"):
+        _remove_if_abandoned(folder)
 
 
 def _remove_if_abandoned(folder: Path) -> bool:
     """Remove the folder if its owner has gone; whether it was so."""
-    try:
-        descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:  # another user's, or gone by now
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # its owner lives
-        return False
-    else:
+    with _lock_of(folder) as lock:
+        if lock is None or _is_held(lock):
+            return False
         shutil.rmtree(folder, ignore_errors=True)
         return True
+
+
+def cores_of_others(own: Path) -> set[int]:
+    """The cores that this user's other living engines are bound to.
+
+    Args:
+        own: this engine's folder, which need not be there; the others lie beside it.
+    """
+    cores: set[int] = set()
+    for folder in own.parent.glob(f"{PREFIX}*"):
+        if folder == own:
+            continue
+        with _lock_of(folder) as lock:
+            if lock is not None and _is_held(lock):
+                cores.update(map(int, re.findall(rb"\d+", os.pread(lock, _MOST_LOCK_BYTES, 0))))
+    return cores
+
+
+@contextmanager
+def _lock_of(folder: Path) -> Iterator[int | None]:
+    """The folder's lock, opened; None if there is none or it is not this user's own."""
+    lock = None
+    with contextlib.suppress(OSError):
+        if _is_ours(folder.lstat(), stat.S_IFDIR):  # else nothing in it is to be touched
+            lock = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        yield lock if lock is not None and _is_ours(os.fstat(lock), stat.S_IFREG) else None
     finally:
-        os.close(descriptor)
+        if lock is not None:
+            os.close(lock)
+
+
+def _is_ours(status: os.stat_result, kind: int) -> bool:
+    return stat.S_IFMT(status.st_mode) == kind and status.st_uid == os.geteuid()
+
+
+def _is_held(lock: int) -> bool:
+    """Whether its owner lives; if not, it is held by this descriptor from now on."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    return False

@@ -74,6 +74,7 @@ class DraftSupervisor:
         stall_timeout_s: how long a draft may leave messages unread; longer where its steps are.
         allocate: makes a table in the memory of the target's GPU (`outcome_gpu.allocate_table`); None where
             the host needs to read it.
+        restore_folder: makes the shared folder anew if somebody has removed it (`SharedFolder.restore`).
     """
 
     def __init__(
@@ -83,14 +84,17 @@ class DraftSupervisor:
         ready_timeout_s: float,
         stall_timeout_s: float,
         allocate: AllocateTable | None = None,
+        *,
+        restore_folder: Callable[[], None],
     ) -> None:
         self._configure = configure
         self._counters = counters
         self._ready_timeout_s = ready_timeout_s
         self._stall_timeout_s = self._patience_s = stall_timeout_s
         self._allocate = allocate
+        self._restore_folder = restore_folder
         shared_dir = Path(configure.shared_dir)
-        self._draft_counters = Counters(shared_dir / DRAFT_COUNTERS_FILE, DRAFT_FIELDS, create=True)
+        self.draft_counters = Counters(shared_dir / DRAFT_COUNTERS_FILE, DRAFT_FIELDS, create=True)
         self._gpu_entries: Tensor | None = None
         self._incarnation = 0
         self._num_deaths = 0  # in a row
@@ -121,7 +125,7 @@ class DraftSupervisor:
     @property
     def step_seconds(self) -> float:
         """What a step of the draft without prompts took of late, 0 before the first."""
-        return self._draft_counters["recent_step_ns"] / 1e9
+        return self.draft_counters["recent_step_ns"] / 1e9
 
     def await_ready(self) -> None:
         """Wait until the draft has loaded; it need not know of any request yet.
@@ -185,7 +189,7 @@ class DraftSupervisor:
     def send(self, message: ToDraft) -> bool:
         """Tell the draft; one that cannot be told counts as stalled, or is seen to be dead by `check`."""
         self._flush()
-        if self._draft_counters["messages"] >= self._num_sent:
+        if self.draft_counters["messages"] >= self._num_sent:
             self._last_progress = time.monotonic()  # it has had nothing to read until now
         if self._channel.send(message):
             self._num_sent += 1
@@ -215,6 +219,9 @@ class DraftSupervisor:
         shutil.rmtree(self._table_dir, ignore_errors=True)
 
     def _spawn(self) -> None:
+        self._restore_folder()
+        for counters in (self._counters, self.draft_counters):
+            counters.restore_name()
         self._incarnation += 1
         self._table_dir = Path(self._configure.shared_dir) / f"draft-{self._incarnation}"
         self._table_dir.mkdir()
@@ -297,7 +304,7 @@ class DraftSupervisor:
         return False
 
     def _check_progress(self) -> None:
-        num_read = self._draft_counters["messages"]
+        num_read = self.draft_counters["messages"]
         now = time.monotonic()
         if num_read != self._num_read or num_read >= self._num_sent:
             self._num_read, self._last_progress = num_read, now
@@ -305,8 +312,8 @@ class DraftSupervisor:
             self._stall(f"it has read nothing for {self._patience_s:.3g} s")
 
     def _check_recovery(self) -> bool:
-        if self._draft_counters["messages"] != self._num_read:
-            self._num_read, self._last_progress = self._draft_counters["messages"], time.monotonic()
+        if self.draft_counters["messages"] != self._num_read:
+            self._num_read, self._last_progress = self.draft_counters["messages"], time.monotonic()
             if not self._channel.send(Reset()):  # it has much to read yet
                 return False
             self._num_sent += 1
@@ -322,7 +329,7 @@ class DraftSupervisor:
         self._state = State.STALLED
         self._counters.set("draft_alive", 0)
         self._counters.add("draft_stalls")
-        self._num_read = self._draft_counters["messages"]
+        self._num_read = self.draft_counters["messages"]
         self._last_progress = time.monotonic()
         logger.warning("SSD draft is stalled (%s); decoding goes on without it", reason)
 

@@ -9,21 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from vllm.config import VllmConfig
 from vllm.distributed import get_world_group
 from vllm.logger import init_logger
 
 from vllm_ssd import compat
 from vllm_ssd.channel import Configure
-from vllm_ssd.config import GIB, SSDSpeculativeConfig
+from vllm_ssd.config import GIB, SSDSpeculativeConfig, engine_cores
 from vllm_ssd.costs import Costs
-from vllm_ssd.counters import (
-    DRAFT_COUNTERS_FILE,
-    DRAFT_FIELDS,
-    TARGET_COUNTERS_FILE,
-    Counters,
-    target_fields,
-)
+from vllm_ssd.counters import TARGET_COUNTERS_FILE, Counters, target_fields
 from vllm_ssd.fallback import (
     AutoFallback,
     Fallback,
@@ -33,7 +28,7 @@ from vllm_ssd.fallback import (
 )
 from vllm_ssd.planner import FixedPlan, Plan, Planner, RoundPlanner
 from vllm_ssd.proposer import Proposer
-from vllm_ssd.ranks import leads
+from vllm_ssd.ranks import leading_rank, leads
 from vllm_ssd.shared import SharedFolder
 from vllm_ssd.speed_model import StepTimes, measure_line
 from vllm_ssd.supervisor import AllocateTable, DraftSupervisor
@@ -78,6 +73,12 @@ class DraftHost:
             self._draft.supervisor.await_ready()
         get_world_group().barrier()
         return super().determine_available_memory()  # type: ignore[misc]
+
+    def draft_memory_bytes(self) -> int:
+        """What the draft process holds and will hold, on all ranks alike; waits until it has loaded."""
+        num_bytes = 0 if self._draft is None else self._draft.memory_bytes()
+        leader = leading_rank(self.vllm_config.parallel_config)
+        return int(get_world_group().broadcast_object(num_bytes, src=leader))
 
     def compile_or_warm_up_model(self) -> Any:
         """Warm the target up; where rounds are to be planned, measure what they cost."""
@@ -141,7 +142,7 @@ class TargetsDraft:
         assert isinstance(ssd, SSDSpeculativeConfig)
         assert ssd.ssd_shared_dir is not None
         self._vllm_config, self._ssd = vllm_config, ssd
-        self._folder = SharedFolder(Path(ssd.ssd_shared_dir))
+        self._folder = SharedFolder(Path(ssd.ssd_shared_dir), engine_cores(ssd))
         fields = target_fields(ssd.num_speculative_tokens)
         try:
             self._counters = Counters(self._folder.path / TARGET_COUNTERS_FILE, fields, create=True)
@@ -151,6 +152,7 @@ class TargetsDraft:
                 ssd.ssd_ready_timeout,
                 ssd.ssd_stall_timeout,
                 allocate,
+                restore_folder=self._folder.restore,
             )
         except Exception:  # such as no room for the laws
             self._folder.remove()
@@ -204,11 +206,20 @@ class TargetsDraft:
 
     def stats(self) -> dict[str, Any]:
         """All counters of both halves."""
-        draft = Counters(self._folder.path / DRAFT_COUNTERS_FILE, DRAFT_FIELDS, create=False)
-        return {
-            **self._counters.as_dict(),
-            "draft": {"pid": self.supervisor.pid, "state": self.supervisor.state.value, **draft.as_dict()},
-        }
+        draft = {"pid": self.supervisor.pid, "state": self.supervisor.state.value}
+        return {**self._counters.as_dict(), "draft": draft | self.supervisor.draft_counters.as_dict()}
+
+    def memory_bytes(self) -> int:
+        """What the draft process holds once it has loaded, and the logits that its rounds will add.
+
+        Its KV cache is filled with zeros when it is made, and so among what it holds.
+        """
+        self.supervisor.await_ready()
+        ssd = self._ssd
+        steps = ssd.num_speculative_tokens + 2  # of a round; the logits of all are kept until it ends
+        laws = 1 if ssd.ssd_verify == "coupled" else 2  # with ratio, what they are drawn from as well
+        logits = ssd.ssd_max_rows * steps * ssd.draft_model_config.get_vocab_size() * 4 * laws
+        return int(psutil.Process(self.supervisor.pid).memory_info().rss) + logits
 
     def close(self) -> None:
         """Stop the draft and remove what was shared; once."""

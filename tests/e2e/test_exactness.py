@@ -130,12 +130,9 @@ def test_the_stock_fault_shows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With vLLM's own expansion of sampling parameters (compat.mend_cpu_sampling undone) the law is wrong."""
-    from vllm.v1.sample import rejection_sampler
-
     llm = engine(engines, small_vocabulary_pair, ssd_verify="ratio")
     in_worker(llm, give_draft_time)
-    override = rejection_sampler.expand_kernel
-    monkeypatch.setattr(override, "_impl", override._impl._vllm_ssd)
+    monkeypatch.delattr(in_worker(llm, lambda worker: worker.model_runner.rejection_sampler), "forward")
     assert_rejected(model, llm, [Law(0.7), Law(1.3)])
 
 

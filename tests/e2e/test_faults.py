@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import Engines, generate, greedy_params, is_running, ssd, stats
+from engines import Engines, generate, greedy_params, is_running, metric, ssd, stats
 
 from vllm_ssd import supervisor
 from vllm_ssd.channel import Sampling
@@ -144,6 +145,28 @@ def test_killed(serving: Serving, log: Messages) -> None:
     serving.wait_for_hits()
     assert log.count("starting it again") == 1
     assert stats(serving.llm)["draft_restarts"] == restarts + 1
+
+
+def test_the_shared_folder_is_removed(serving: Serving, log: Messages) -> None:
+    """As systemd does when its user logs out: counters, metrics and the next draft do not miss it."""
+    from vllm_ssd.shared import LOCK_FILE
+
+    folder = Path(serving.llm.llm_engine.vllm_config.speculative_config.ssd_shared_dir)
+    shutil.rmtree(folder)
+    before = stats(serving.llm)
+    serving.wait_for_hits()
+    assert metric(serving.llm, "vllm:ssd_cache_hits") > before["hits"]
+    pid = serving.pid
+    serving.answer(after_steps=lambda: os.kill(pid, signal.SIGKILL))
+    serving.answer_until(lambda counted: counted["draft_restarts"] > before["draft_restarts"])
+    serving.answer_until(lambda counted: counted["draft"]["state"] == "ready")
+    assert serving.pid != pid
+    steps = stats(serving.llm)["draft"]["steps"]
+    serving.wait_for_hits()
+    assert stats(serving.llm)["draft"]["steps"] > steps
+    assert metric(serving.llm, "vllm:ssd_draft_steps") > steps
+    assert (folder / LOCK_FILE).exists()
+    assert log.count("starting it again") == 1
 
 
 class Sleeper(DraftProcess):

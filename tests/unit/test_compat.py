@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,12 +25,10 @@ def patched() -> list[Any]:
     """Everything that `register` replaces."""
     from vllm.config import vllm as config
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.utils import cpu_triton_utils
     from vllm.v1.metrics import loggers
 
     return [
         EngineArgs.create_speculative_config,
-        cpu_triton_utils._expand_kernel_impl,
         loggers.LoggingStatLogger.__init__,
         loggers.PrometheusStatLogger._spec_decoding_cls,
         config.NgramGPUTypes,
@@ -80,14 +79,13 @@ import sys, vllm
 vllm.__version__ = "0.99.0"
 import vllm_ssd
 from vllm.engine.arg_utils import EngineArgs
-from vllm.utils import cpu_triton_utils
 from vllm.v1.metrics import loggers
-before = [cpu_triton_utils._expand_kernel_impl, loggers.LoggingStatLogger.__init__]
+before = loggers.LoggingStatLogger.__init__
 vllm_ssd.register()
 once = EngineArgs.create_speculative_config
 vllm_ssd.register()
 assert EngineArgs.create_speculative_config is once
-assert before == [cpu_triton_utils._expand_kernel_impl, loggers.LoggingStatLogger.__init__]
+assert before == loggers.LoggingStatLogger.__init__
 target, draft = sys.argv[1:]
 args = EngineArgs(model=target, max_model_len=128)
 assert args.create_engine_config().speculative_config is None
@@ -134,8 +132,8 @@ def test_on_an_unsupported_version_only_ssd_is_refused(pair: tuple[Path, Path], 
 
 LACKING = """
 import sys
-from vllm.utils import cpu_triton_utils
-del cpu_triton_utils._expand_kernel_impl
+from vllm.v1.metrics import loggers
+del loggers.PrometheusStatLogger._spec_decoding_cls
 import vllm_ssd
 from vllm.engine.arg_utils import EngineArgs
 vllm_ssd.register()
@@ -151,7 +149,34 @@ def test_where_vllm_lacks_what_is_patched_only_ssd_is_refused(
     """An error in `register` would end every engine of this vLLM."""
     done = run_without_plugins(LACKING, pair, tmp_path)
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("REFUSED:")]
-    assert "_expand_kernel_impl" in line
+    assert "_spec_decoding_cls" in line
+
+
+SOMEBODY_ELSES = """
+import sys, types
+import vllm_ssd
+from vllm.triton_utils import dispatcher
+from vllm.v1.sample.rejection_sampler import RejectionSampler
+before = RejectionSampler.forward, dispatcher._rebind_kernels, vars(dispatcher).get("hasattr")
+vllm_ssd.register()
+vllm_ssd.register()
+is_same = before == (RejectionSampler.forward, dispatcher._rebind_kernels, vars(dispatcher).get("hasattr"))
+print("PATCHED:", not is_same)
+from vllm.engine.arg_utils import EngineArgs
+target, draft = sys.argv[1:]
+"""
+
+
+@pytest.mark.parametrize(("asked", "patched"), [(None, False), ("1", True)])
+def test_engines_without_ssd_are_as_vllm_made_them(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str | None, patched: bool
+) -> None:
+    """Unless the user wants them mended as well."""
+    monkeypatch.delenv("VLLM_SSD_PATCH", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("VLLM_SSD_PATCH", asked)
+    done = run_without_plugins(SOMEBODY_ELSES, pair, tmp_path)
+    assert f"PATCHED: {patched}" in done.stdout
 
 
 class TestExpansion:
@@ -159,51 +184,99 @@ class TestExpansion:
 
     counts = torch.tensor([2, 2, 5], dtype=torch.int32)  # cumulative: 2, 0 and 3 rows
 
-    @staticmethod
-    def mended(*args: Any) -> None:
-        from vllm.utils import cpu_triton_utils
+    def expand(self, values: torch.Tensor, replace_from: int, replace_to: int) -> torch.Tensor:
+        """As vLLM's rejection sampler does."""
+        from vllm.v1.sample import rejection_sampler
 
-        cpu_triton_utils._expand_kernel_impl(*args)
+        return rejection_sampler.expand_batch_to_tokens(values, self.counts, 5, replace_from, replace_to)
 
-    @staticmethod
-    def stock(*args: Any) -> None:
-        from vllm.utils import cpu_triton_utils
-
-        import_kernels()
-        cpu_triton_utils._expand_kernel_impl._vllm_ssd(*args)
+    def mended(self, *args: Any) -> torch.Tensor:
+        """The same amid a mended step."""
+        forward = compat.mend_cpu_sampling(lambda *args: self.expand(*args))
+        return forward(*args)
 
     def test_stock_loses_what_it_computed(self) -> None:
         """If this fails, vLLM has repaired it: `compat.mend_cpu_sampling` can go."""
+        from vllm.utils import cpu_triton_utils
+
+        import_kernels()
         temperatures = torch.full((5,), -7.0)
-        self.stock(temperatures, torch.tensor([0.7, 9.0, 1.3]), self.counts, 0, 1)
+        stock = cpu_triton_utils._expand_kernel_impl
+        stock(temperatures, torch.tensor([0.7, 9.0, 1.3]), self.counts, 0, 1)
         assert (temperatures == -7.0).all()
 
     def test_mended_temperatures(self) -> None:
-        temperatures = torch.full((5,), -7.0)
-        self.mended(temperatures, torch.tensor([0.7, 9.0, 1.3]), self.counts, 0, 1)
+        temperatures = self.mended(torch.tensor([0.7, 9.0, 1.3]), 0, 1)
         torch.testing.assert_close(temperatures, torch.tensor([0.7, 0.7, 1.3, 1.3, 1.3]))
 
     def test_mended_replacement(self) -> None:
         """Greedy rows have temperature 0, which must not be divided by."""
-        temperatures = torch.empty(5)
-        self.mended(temperatures, torch.tensor([0.0, 9.0, 1.3]), self.counts, 0, 1)
+        temperatures = self.mended(torch.tensor([0.0, 9.0, 1.3]), 0, 1)
         torch.testing.assert_close(temperatures, torch.tensor([1.0, 1.0, 1.3, 1.3, 1.3]))
 
     @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
     def test_mended_integers(self, dtype: torch.dtype) -> None:
-        top_k = torch.full((5,), -7, dtype=dtype)
-        self.mended(top_k, torch.tensor([3, 4, 5], dtype=dtype), self.counts, 0, 0)
+        top_k = self.mended(torch.tensor([3, 4, 5], dtype=dtype), 0, 0)
+        assert top_k.dtype == dtype
         assert top_k.tolist() == [3, 3, 5, 5, 5]
 
-    def test_through_vllms_own_function(self) -> None:
-        from vllm.platforms import current_platform
+    def test_only_amid_the_step(self) -> None:
         from vllm.v1.sample import rejection_sampler
 
-        current_platform.register_triton_kernel_overrides()
-        expanded = rejection_sampler.expand_batch_to_tokens(
-            torch.tensor([0.7, 9.0, 0.0]), self.counts, 5, replace_from=0, replace_to=1
-        )
-        torch.testing.assert_close(expanded, torch.tensor([0.7, 0.7, 1.0, 1.0, 1.0]))
+        stock = rejection_sampler.expand_batch_to_tokens
+
+        def fail() -> None:
+            assert rejection_sampler.expand_batch_to_tokens is not stock
+            raise KeyError
+
+        with pytest.raises(KeyError):
+            compat.mend_cpu_sampling(fail)()
+        assert rejection_sampler.expand_batch_to_tokens is stock
+
+
+def test_only_the_runners_own_sampler_is_mended() -> None:
+    from vllm.v1.sample.rejection_sampler import RejectionSampler
+    from vllm.v1.sample.sampler import Sampler
+
+    ours, other = RejectionSampler(Sampler()), RejectionSampler(Sampler())
+    stock = RejectionSampler.forward
+    compat.mend_rejection_sampler(ours)
+    assert ours.forward.__func__ is not stock
+    assert other.forward.__func__ is RejectionSampler.forward is stock
+
+
+class Misbehaving:
+    """Answers any name by what it is told to."""
+
+    __slots__ = ("answer",)
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    def __getattr__(self, name: str) -> Any:
+        return self.answer()
+
+
+def test_the_search_for_kernels_passes_by_what_misbehaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Objects of llvmlite do: after a first engine of ours no other started in the process."""
+    from vllm.triton_utils import dispatcher
+
+    def fail() -> None:
+        raise RuntimeError("no such thing")
+
+    module: Any = ModuleType("odd")
+    module.like_llvmlite = Misbehaving(lambda: lambda: None)
+    module.fails = Misbehaving(fail)
+    module.kernel = kernel = object()
+    module.owner = SimpleNamespace(kernel=kernel)
+    monkeypatch.setitem(sys.modules, "odd", module)
+    monkeypatch.setattr(dispatcher, "hasattr", hasattr, raising=False)  # whatever others have done
+    with pytest.raises(AttributeError, match="'function' object has no attribute 'get'"):
+        dispatcher._rebind_kernels([(kernel, "override")])  # if it does not, vLLM has repaired it
+    compat.mend_kernel_scan()
+    module.kernel = kernel
+    dispatcher._rebind_kernels([(kernel, "override")])
+    assert (module.kernel, module.owner.kernel) == ("override", "override")
 
 
 def import_kernels() -> None:
@@ -216,7 +289,7 @@ def import_kernels() -> None:
     ("module", "name", "patch"),
     [
         ("vllm.engine.arg_utils", "EngineArgs.create_speculative_config", compat.add_method_ssd),
-        ("vllm.utils.cpu_triton_utils", "_expand_kernel_impl", compat.mend_cpu_sampling),
+        ("vllm.triton_utils.dispatcher", "_rebind_kernels", compat.mend_kernel_scan),
         ("vllm.v1.metrics.loggers", "PrometheusStatLogger._spec_decoding_cls", compat.add_metrics),
     ],
 )
@@ -241,8 +314,6 @@ def test_missing_seams_of_the_runner_fail_loudly(monkeypatch: pytest.MonkeyPatch
 
 
 def test_seams_of_the_runner_are_put_back() -> None:
-    from types import SimpleNamespace
-
     from vllm.v1.worker import cpu_worker, gpu_model_runner
 
     stock = cpu_worker.CPUModelRunner, gpu_model_runner.create_custom_proposer

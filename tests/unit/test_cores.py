@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -92,8 +94,12 @@ def test_malformed_lists_of_cores(text: str) -> None:
         parse_cores(text)
 
 
-def on_cores(monkeypatch: pytest.MonkeyPatch, cores: dict[int, int]) -> None:
-    """A machine of these logical cores, each of a physical one, bound to nothing."""
+def on_cores(monkeypatch: pytest.MonkeyPatch, cores: dict[int, int], others: Collection[int] = ()) -> None:
+    """A machine of these logical cores, each of a physical one, bound to nothing.
+
+    Args:
+        others: cores of other engines.
+    """
     from vllm.utils.cpu_resource_utils import LogicalCPUInfo
 
     from vllm_ssd import config
@@ -102,6 +108,7 @@ def on_cores(monkeypatch: pytest.MonkeyPatch, cores: dict[int, int]) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(cores))
     monkeypatch.setattr(config, "get_allowed_cpu_list", lambda: cpus)
     monkeypatch.setattr(config, "get_visible_memory_node", lambda: sorted({cpu.numa_node for cpu in cpus}))
+    monkeypatch.setattr(config, "cores_of_others", lambda own: set(others))
     monkeypatch.setattr(config, "_bound", None)
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "auto")
 
@@ -117,7 +124,8 @@ class TestCores:
     def chosen(cores: str | None = None) -> list[int]:
         from vllm_ssd.config import _choose_draft_cores
 
-        return _choose_draft_cores(SimpleNamespace(ssd_draft_cores=cores))  # type: ignore[arg-type]
+        ssd = SimpleNamespace(ssd_draft_cores=cores, ssd_shared_dir="")
+        return _choose_draft_cores(ssd)  # type: ignore[arg-type]
 
     def test_the_draft_takes_the_last_core(self) -> None:
         assert self.chosen() == [3]
@@ -133,14 +141,14 @@ class TestCores:
     def test_the_target_is_bound_to_the_rest(self) -> None:
         from vllm_ssd.config import _leave_cores_to_draft
 
-        _leave_cores_to_draft([3], 1)
+        _leave_cores_to_draft([3], 1, set())
         assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "0,1"  # less one for vLLM's other processes
 
     def test_a_target_bound_by_the_user_stays(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from vllm_ssd.config import _leave_cores_to_draft
 
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-2")
-        _leave_cores_to_draft([1, 3], 1)
+        _leave_cores_to_draft([1, 3], 1, set())
         assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "0-2"
 
     @pytest.mark.parametrize(
@@ -154,5 +162,73 @@ class TestCores:
         said: list[str] = []
         monkeypatch.setattr(config.logger, "warning", lambda text, *args: said.append(text % args))
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", binding)
-        config._warn_of_shared_cores([3])
+        config._warn_of_shared_cores([3], set())
         assert [f"share core {shared}," in text for text in said] == [True] * (shared is not None)
+
+
+def warnings_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the config warns of from now on."""
+    from vllm_ssd import config
+
+    said: list[str] = []
+    monkeypatch.setattr(config.logger, "warning", lambda text, *args: said.append(text % args))
+    return said
+
+
+@pytest.mark.parametrize(
+    ("num_cores", "others", "draft", "target"),
+    [
+        (8, [0, 7], 6, "1,2,3,4"),  # less the draft's, the others' and one for vLLM's other processes
+        (4, [3], 2, "0"),
+        (4, [2, 3], 1, "0"),
+    ],
+)
+def test_a_second_engine_takes_what_the_first_has_left(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, num_cores: int, others: list[int], draft: int, target: str
+) -> None:
+    on_cores(monkeypatch, {core: core for core in range(num_cores)}, others)
+    said = warnings_of(monkeypatch)
+    assert create(pair).speculative_config.draft_cores == [draft]
+    assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == target
+    assert not [text for text in said if "core" in text]
+
+
+@pytest.mark.parametrize(
+    ("binding", "draft", "bound", "shared"),
+    [
+        ("auto", None, "0,1", "0,1,3"),  # as if there were no other engine
+        ("0", None, "0", "0,3"),
+        ("0", "1", "0", "0,1"),
+    ],
+)
+def test_engines_that_have_to_share_are_told(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, binding: str, draft: str | None, bound: str, shared: str
+) -> None:
+    on_cores(monkeypatch, {core: core for core in range(4)}, others=range(4))
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", binding)
+    said = warnings_of(monkeypatch)
+    config = create(pair, ssd_draft_cores=draft).speculative_config
+    assert config.draft_cores == [int(draft or 3)]
+    assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == bound
+    (line,) = [text for text in said if "another engine" in text]
+    assert f"core {shared} " in line
+    assert "ssd_draft_cores" in line
+    assert "VLLM_CPU_OMP_THREADS_BIND" in line
+
+
+def test_engines_tell_one_another_their_cores(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through their folders; one's own is none of the others'."""
+    from vllm_ssd import config
+    from vllm_ssd.shared import SharedFolder
+
+    stock = config.cores_of_others
+    on_cores(monkeypatch, {core: core for core in range(4)})
+    first = create(pair).speculative_config
+    assert config.engine_cores(first) == {0, 1, 3}
+    before = stock(Path(first.ssd_shared_dir))  # of engines that run beside this test
+    folder = SharedFolder(Path(first.ssd_shared_dir), config.engine_cores(first))
+    try:
+        assert stock(Path(first.ssd_shared_dir)) == before
+        assert stock(folder.path.with_name("another")) == before | {0, 1, 3}
+    finally:
+        folder.remove()

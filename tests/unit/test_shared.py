@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from vllm_ssd.draft_laws import DraftLaws
-from vllm_ssd.shared import NAME_BYTES, PREFIX, SharedFolder, map_array, name_shared_folder
+from vllm_ssd.shared import (
+    LOCK_FILE,
+    NAME_BYTES,
+    PREFIX,
+    SharedFolder,
+    cores_of_others,
+    map_array,
+    name_shared_folder,
+)
 
 OWN_AND_WAIT = """
 import sys
@@ -83,21 +94,92 @@ def test_a_folder_that_is_there_is_nobodys_to_take(tmp_path: Path) -> None:
         SharedFolder(tmp_path)
 
 
-def test_only_what_a_dead_owner_left_is_swept_away(tmp_path: Path) -> None:
-    other = tmp_path / f"{PREFIX}other"
-    unrelated = tmp_path / f"{PREFIX}unrelated"
-    unrelated.mkdir()
+@contextmanager
+def another_engine(folder: Path) -> Iterator[None]:
+    """A process that owns the folder, and leaves it when it is killed at the end."""
     owner = subprocess.Popen(
-        [sys.executable, "-c", OWN_AND_WAIT, str(other)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", OWN_AND_WAIT, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     try:
         assert owner.stdout is not None
         assert owner.stdout.readline() == b"made\n"
-        SharedFolder(tmp_path / f"{PREFIX}mine").remove()
-        assert other.exists()
+        yield
     finally:
         owner.kill()
         owner.wait()
-    SharedFolder(tmp_path / f"{PREFIX}mine").remove()
+
+
+def sweep(parent: Path) -> None:
+    SharedFolder(parent / f"{PREFIX}mine").remove()
+
+
+def test_only_what_a_dead_owner_left_is_swept_away(tmp_path: Path) -> None:
+    other = tmp_path / f"{PREFIX}other"
+    unrelated = tmp_path / f"{PREFIX}unrelated"
+    unrelated.mkdir()
+    with another_engine(other):
+        sweep(tmp_path)
+        assert other.exists()
+    sweep(tmp_path)
     assert not other.exists()
     assert unrelated.exists()
+
+
+def test_what_is_not_our_own_is_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links are not followed, and other users' folders not looked into, whatever they have made there."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / LOCK_FILE).touch()
+    (tmp_path / f"{PREFIX}link").symlink_to(elsewhere)
+    linked = tmp_path / f"{PREFIX}linked-lock"
+    linked.mkdir()
+    (linked / LOCK_FILE).symlink_to(elsewhere / LOCK_FILE)
+    pipe = tmp_path / f"{PREFIX}pipe"
+    pipe.mkdir()
+    os.mkfifo(pipe / LOCK_FILE)
+    sweep(tmp_path)
+    assert [(path / LOCK_FILE).exists() for path in (elsewhere, linked, pipe)] == [True] * 3
+    foreign = tmp_path / f"{PREFIX}foreign"
+    foreign.mkdir()
+    (foreign / LOCK_FILE).touch()
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    sweep(tmp_path)
+    assert foreign.exists()
+    monkeypatch.undo()
+    sweep(tmp_path)
+    assert not foreign.exists()
+
+
+def test_the_cores_of_other_engines(tmp_path: Path) -> None:
+    """Of those that live, in this process or another."""
+    own = tmp_path / f"{PREFIX}own"
+    assert cores_of_others(own) == set()
+    first = SharedFolder(tmp_path / f"{PREFIX}first", {3, 12})
+    second = SharedFolder(tmp_path / f"{PREFIX}second", [1])
+    mine = SharedFolder(own, [7])
+    assert cores_of_others(own) == {1, 3, 12}
+    second.remove()
+    (tmp_path / f"{PREFIX}dead").mkdir()
+    (tmp_path / f"{PREFIX}dead" / LOCK_FILE).write_text("5")
+    with another_engine(tmp_path / f"{PREFIX}nameless"):  # as one that is bound to no cores
+        assert cores_of_others(own) == {3, 12}
+    first.remove()
+    assert cores_of_others(own) == set()
+    mine.remove()
+
+
+@pytest.mark.parametrize("gone", ["the folder", "its lock"])
+def test_a_folder_that_others_removed_is_made_anew(tmp_path: Path, gone: str) -> None:
+    """With its lock, so that no other engine takes it for abandoned."""
+    folder = SharedFolder(tmp_path / f"{PREFIX}1", [4])
+    folder.restore()  # nothing is missing yet
+    if gone == "the folder":
+        shutil.rmtree(folder.path)
+    else:
+        (folder.path / LOCK_FILE).unlink()
+    folder.restore()
+    assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
+    sweep(tmp_path)
+    assert cores_of_others(tmp_path / f"{PREFIX}mine") == {4}
+    folder.remove()
+    assert not folder.path.exists()

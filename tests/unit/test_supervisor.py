@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,12 @@ class Bench:
         self.folder = folder
         self.counters = Counters(folder / "target", target_fields(3), create=True)
         self.supervisor = DraftSupervisor(
-            configure(folder), self.counters, READY_TIMEOUT, STALL_TIMEOUT, allocate
+            configure(folder),
+            self.counters,
+            READY_TIMEOUT,
+            STALL_TIMEOUT,
+            allocate,
+            restore_folder=lambda: folder.mkdir(exist_ok=True),
         )
         self.draft = Counters(folder / DRAFT_COUNTERS_FILE, DRAFT_FIELDS, create=False)
 
@@ -187,6 +193,22 @@ def test_awaiting_ends_at_the_deadline(bench: Bench) -> None:
     with pytest.raises(DraftFailed, match="ssd_ready_timeout"):
         bench.supervisor.await_ready()
     assert bench.clock.now < READY_TIMEOUT + 1
+
+
+def test_the_folder_is_removed_under_a_live_engine(bench: Bench) -> None:
+    """What was mapped is used on; and the next draft finds it."""
+    bench.make_ready()
+    bench.draft.set("messages", 3)
+    shutil.rmtree(bench.folder)
+    assert bench.supervisor.check() is News.NOTHING
+    assert bench.supervisor.draft_counters["messages"] == 3
+    bench.die()
+    assert bench.supervisor.state is State.LOADING
+    bench.make_ready()
+    of_next = Counters(bench.folder / DRAFT_COUNTERS_FILE, DRAFT_FIELDS, create=False)
+    of_next.set("messages", 5)
+    assert bench.supervisor.draft_counters["messages"] == bench.draft["messages"] == 5
+    assert bench.counters["draft_restarts"] == 1
 
 
 def test_an_idle_draft_is_not_stalled(bench: Bench) -> None:
