@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from dataclasses import Field as DataclassField
 from itertools import groupby
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,17 +18,16 @@ import numpy as np
 import torch
 from pydantic import Field, field_validator
 from vllm import envs
-from vllm.config import ModelConfig
 from vllm.config.speculative import SpeculativeConfig
 from vllm.config.utils import config
 from vllm.logger import init_logger
 from vllm.platforms import CpuArchEnum, current_platform
-from vllm.tokenizers import cached_get_tokenizer, cached_tokenizer_from_config
 from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_visible_memory_node
 
 from vllm_ssd import compat
 from vllm_ssd.draft_args import load_args
 from vllm_ssd.shared import NAME_BYTES, name_shared_folder, remove_at_exit
+from vllm_ssd.vocabularies import warn_of_other_tokens
 
 logger = init_logger("vllm.ssd")
 
@@ -129,9 +129,9 @@ class SSDSpeculativeConfig(SpeculativeConfig):
     @classmethod
     def _read_cores(cls, given: Any) -> Any:
         """A core may be given as a number, and several as a list."""
-        if isinstance(given, bool) or not isinstance(given, str | int | list | tuple):
+        if isinstance(given, bool | dict) or not isinstance(given, Integral | Iterable):
             return given
-        listed = [given] if isinstance(given, str | int) else given
+        listed = [given] if isinstance(given, Integral | str) else given
         return _format_cores(sorted({core for part in listed for core in parse_cores(str(part))}))
 
     @field_validator("ssd_draft_device", mode="before")
@@ -205,7 +205,7 @@ def create_ssd_config(engine_args: Any, target_model_config: Any, target_paralle
         **options, target_model_config=target_model_config, target_parallel_config=target_parallel_config
     )
     _check_scheduler(engine_args, ssd.num_speculative_tokens)
-    _compare_tokenizers(target_model_config, ssd.draft_model_config)
+    warn_of_other_tokens(target_model_config, ssd.draft_model_config)
     assert ssd.ssd_shared_dir is not None
     remove_at_exit(Path(ssd.ssd_shared_dir))
     if target_parallel_config.worker_cls != "auto":
@@ -466,32 +466,6 @@ def _check_scheduler(engine_args: Any, num_speculative_tokens: int) -> None:
                 f"{name}={limit} has no room for a verification of num_speculative_tokens + 1 = "
                 f"{num_speculative_tokens + 1} tokens; raise it or lower num_speculative_tokens"
             )
-
-
-def _compare_tokenizers(target: ModelConfig, draft: ModelConfig) -> None:
-    """Warn if the draft was trained on other tokens: its drafts are then rejected. Never fails."""
-    if target.skip_tokenizer_init:
-        return
-    try:
-        tokens = cached_tokenizer_from_config(target).get_vocab()
-        drafts = cached_get_tokenizer(
-            draft.model,
-            runner_type=target.runner_type,
-            tokenizer_mode=target.tokenizer_mode,
-            revision=draft.revision,
-            trust_remote_code=target.trust_remote_code,
-        ).get_vocab()
-    except Exception as error:  # such as a draft without a tokenizer, for it needs none
-        logger.debug("The tokenizers of target and draft are not compared: %s", error)
-        return
-    num_other = sum(drafts.get(token) != index for token, index in tokens.items())
-    if num_other:
-        logger.warning(
-            "%d of %d tokens of the target's tokenizer have another id in the draft's, or none: drafts are "
-            "rejected where they occur; choose a draft of the target's family",
-            num_other,
-            len(tokens),
-        )
 
 
 def _choose_draft_cores(ssd: SSDSpeculativeConfig) -> list[int]:

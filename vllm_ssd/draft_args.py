@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from vllm.config import LoadConfig, ModelConfig, VllmConfig
+from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 from vllm.transformers_utils.config import get_config
 
@@ -85,19 +86,26 @@ def draft_engine_args(ssd: SSDSpeculativeConfig, vllm_config: VllmConfig) -> dic
 
 
 def load_args(load: LoadConfig) -> dict[str, Any]:
-    """Fields of `EngineArgs` that make this config.
+    """Fields of `EngineArgs` that make this config: those that have not their default.
 
     Raises:
         ValueError: if there are none, or the draft process cannot be sent one.
     """
-    if load.device is not None:
-        raise ValueError(f"draft_load_config: remove device={load.device!r}; see ssd_draft_device")
-    try:
-        return {
-            field.name: plain(getattr(load, field.name)) for field in fields(load) if field.name != "device"
-        }
-    except ValueError as error:
-        raise ValueError(f"draft_load_config: {error}") from error
+    default, known = LoadConfig(), {field.name for field in fields(EngineArgs)}
+    arguments = {}
+    for name in (field.name for field in fields(load)):
+        value = getattr(load, name)
+        if value == getattr(default, name):
+            continue
+        if name not in known:  # such as the device, which is the draft's
+            raise ValueError(
+                f"method 'ssd' does not support {name}={value!r} in draft_load_config; remove it"
+            )
+        try:
+            arguments[name] = plain(value)
+        except ValueError as error:
+            raise ValueError(f"draft_load_config: {name}: {error}") from error
+    return arguments
 
 
 def _load_config(draft: LoadConfig | None, target: LoadConfig) -> LoadConfig:

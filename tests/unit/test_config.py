@@ -270,25 +270,21 @@ def change_config(folder: Path, **changes: Any) -> None:
     file.write_text(json.dumps(config), encoding="utf-8")
 
 
-def test_a_recurrent_target(pair: Pair, tmp_path: Path) -> None:
-    """Of Mamba-2, by its config alone."""
-    from transformers import Mamba2Config
+def test_recurrent_targets(pair: Pair, tmp_path: Path) -> None:
+    """Mamba-2, and a hybrid of convolutions and attention, by their configs alone."""
+    from transformers import Lfm2Config, Mamba2Config
 
-    mamba = tmp_path / "mamba"
-    config = Mamba2Config(
-        num_heads=4,
-        head_dim=32,
-        hidden_size=64,
-        state_size=16,
-        num_hidden_layers=2,
-        vocab_size=512,
-        n_groups=1,
+    size = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 512}
+    mamba = Mamba2Config(**size, num_heads=4, head_dim=32, state_size=16, n_groups=1)
+    hybrid = Lfm2Config(
+        **size, num_attention_heads=2, num_key_value_heads=1, layer_types=["conv", "full_attention"]
     )
-    config.architectures = ["Mamba2ForCausalLM"]
-    config.save_pretrained(mamba)
-    engine = {"skip_tokenizer_init": True}
-    lines = refusal((mamba, pair[1]), engine)
-    assert_one_line(lines, "the target", str(mamba), "recurrent", "without speculation")
+    for config, architecture in ((mamba, "Mamba2ForCausalLM"), (hybrid, "Lfm2ForCausalLM")):
+        target = tmp_path / architecture
+        config.architectures = [architecture]
+        config.save_pretrained(target)
+        lines = refusal((target, pair[1]), {"skip_tokenizer_init": True})
+        assert_one_line(lines, "the target", str(target), "recurrent", "without speculation")
 
 
 def test_a_draft_with_sliding_windows(pair: Pair, tmp_path: Path) -> None:
@@ -484,6 +480,9 @@ WRITTEN: list[tuple[str, str | None, Any, Any]] = [
     ("ssd_draft_cores", str(FIRST), FIRST, str(FIRST)),
     ("ssd_draft_cores", f"{FIRST},{FIRST}", [FIRST, FIRST], str(FIRST)),
     ("ssd_draft_cores", f"{FIRST}-{FIRST}", (str(FIRST),), str(FIRST)),
+    ("ssd_draft_cores", None, range(FIRST, FIRST + 1), str(FIRST)),
+    ("ssd_draft_cores", None, np.array([FIRST]), str(FIRST)),
+    ("ssd_draft_cores", None, np.int64(FIRST), str(FIRST)),
     ("ssd_draft_dtype", "bfloat16", torch.bfloat16, "bfloat16"),
     ("ssd_draft_memory", "1", 1, 1.0),
     ("ssd_draft_memory", "0.25", "0.25", 0.25),

@@ -69,6 +69,8 @@ def find_weights(config: Any) -> None:
 
 def shrunk(config: Any) -> Any:
     config.intermediate_size = 96
+    if hasattr(config, "rope_parameters"):
+        config.rope_parameters = config.rope_parameters | {"rope_theta": 5000.0}
     return config
 
 
@@ -150,8 +152,10 @@ def test_overrides_that_are_a_function(pair: Pair, commits: dict[str, str]) -> N
     config = create(tuple(NAMES.values()), {"hf_overrides": shrunk})  # type: ignore[arg-type]
     assert config.speculative_config.draft_model_config.hf_config.intermediate_size == 96
     configure = sent(config)
-    assert configure.engine_args["hf_overrides"] == {"intermediate_size": 96}
-    assert engine_config(configure).model_config.hf_config.intermediate_size == 96
+    assert set(configure.engine_args["hf_overrides"]) == {"intermediate_size", "rope_parameters"}
+    taken = engine_config(configure).model_config.hf_config
+    assert taken.intermediate_size == 96
+    assert taken.rope_parameters["rope_theta"] == 5000.0
 
 
 def test_a_quantized_draft(pair: Pair) -> None:
@@ -311,13 +315,15 @@ def test_a_draft_with_other_tokens(pair: Pair, tmp_path: Path) -> None:
 
 def test_tokenizers_that_are_not_compared(pair: Pair, tmp_path: Path) -> None:
     other = renumbered(pair, tmp_path / "other", swapped=100)
+    same = renumbered(pair, tmp_path / "same", swapped=0)
     bare = tmp_path / "bare"
     shutil.copytree(pair[1], bare, ignore=lambda *_: ["tokenizer.json", "tokenizer_config.json"])
     broken = tmp_path / "broken"
     shutil.copytree(pair[1], broken)
     (broken / "tokenizer.json").write_text("{", encoding="utf-8")
     cases = [
-        (pair[1], {}),  # the same tokens
+        (pair[1], {}),
+        (same, {}),  # in another file
         (other, {"skip_tokenizer_init": True}),
         (bare, {}),
         (broken, {}),
@@ -325,3 +331,12 @@ def test_tokenizers_that_are_not_compared(pair: Pair, tmp_path: Path) -> None:
     for draft, engine in cases:
         warnings = warnings_of(lambda: create(pair, engine, model=str(draft)))  # noqa: B023
         assert not [text for text in warnings if "tokenizer" in text], draft
+
+
+def test_tokens_of_each_kind_of_tokenizer() -> None:
+    from vllm_ssd.vocabularies import read_ids
+
+    added = [{"id": 2, "content": "<s>"}]
+    for vocab in ({"a": 0, "b": 1}, [["a", -1.5], ["b", -2.0]]):
+        tokenizer = {"model": {"vocab": vocab}, "added_tokens": added}
+        assert read_ids(json.dumps(tokenizer).encode()) == {"a": 0, "b": 1, "<s>": 2}
