@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from vllm import envs
 from vllm.config import ModelConfig
 from vllm.logger import init_logger
 from vllm.transformers_utils.repo_utils import get_hf_file_bytes
@@ -18,7 +19,7 @@ def warn_of_other_tokens(target: ModelConfig, draft: ModelConfig) -> None:
 
     Nothing is said where there is nothing to compare, as with a draft without a tokenizer, for it needs none.
     """
-    if target.skip_tokenizer_init:
+    if target.skip_tokenizer_init or envs.VLLM_USE_MODELSCOPE:  # whose files are not found by their Hub id
         return
     try:
         ours = get_hf_file_bytes(FILE, target.tokenizer, target.tokenizer_revision)

@@ -167,11 +167,20 @@ def test_a_quantized_draft(pair: Pair) -> None:
 def test_modelscope(pair: Pair, commits: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its package, which is not here, finds the files by id and revision, of which vLLM makes no commit."""
     folders = {NAMES["target"]: pair[0], NAMES["draft"]: pair[1]}
-    module = ModuleType("modelscope.hub.snapshot_download")
-    module.snapshot_download = lambda model_id, **options: str(folders[model_id])  # type: ignore[attr-defined]
-    for name in ("modelscope", "modelscope.hub"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    class HubApi:
+        def login(self, token: str | None) -> None: ...
+
+        def get_model_files(self, model_id: str, **options: Any) -> list[dict[str, str]]:
+            return [{"Path": file.name, "Type": "blob"} for file in folders[model_id].iterdir()]
+
+    def snapshot_download(model_id: str, **options: Any) -> str:
+        return str(folders[model_id])
+
+    for name in ("", ".hub", ".hub.api", ".hub.snapshot_download"):
+        monkeypatch.setitem(sys.modules, f"modelscope{name}", ModuleType(f"modelscope{name}"))
+    sys.modules["modelscope.hub.api"].HubApi = HubApi  # type: ignore[attr-defined]
+    sys.modules["modelscope.hub.snapshot_download"].snapshot_download = snapshot_download  # type: ignore[attr-defined]
     monkeypatch.setenv("VLLM_USE_MODELSCOPE", "1")
     configure = sent(create(tuple(NAMES.values()), revision="v1"))  # type: ignore[arg-type]
     assert (configure.model, configure.engine_args["revision"]) == (NAMES["draft"], "v1")
