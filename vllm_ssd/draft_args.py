@@ -80,7 +80,7 @@ def draft_engine_args(ssd: SSDSpeculativeConfig, vllm_config: VllmConfig) -> dic
         "attention_backend": backend.name if isinstance(backend, enum.Enum) else backend,
         "moe_backend": ssd.moe_backend or "auto",
         "seed": draft.seed,
-        **load_args(_load_config(ssd.draft_load_config, vllm_config.load_config)),
+        **load_args(draft_load_config(ssd, vllm_config.load_config)),
     }
     return {name: plain(value) for name, value in arguments.items()}
 
@@ -108,10 +108,13 @@ def load_args(load: LoadConfig) -> dict[str, Any]:
     return arguments
 
 
-def _load_config(draft: LoadConfig | None, target: LoadConfig) -> LoadConfig:
-    """The draft's. Its files are its own, whatever the target's are: the target decides where they lie."""
-    load = LoadConfig(**{field.name: getattr(draft, field.name) for field in fields(draft)} if draft else {})
-    if draft is None and target.load_format == "dummy":
+def draft_load_config(ssd: SSDSpeculativeConfig, target: LoadConfig) -> LoadConfig:
+    """The draft's own: its files may be of another format than the target's."""
+    given = ssd.draft_load_config
+    if given is None and ssd.draft_model_config.model_weights:
+        given = target  # in object storage, which no default loader reads
+    load = LoadConfig(**{field.name: getattr(given, field.name) for field in fields(given)} if given else {})
+    if given is None and target.load_format == "dummy":
         logger.warning("load_format 'dummy': target and draft both have random weights, and agree on nothing")
         load.load_format = "dummy"
     load.download_dir = load.download_dir or target.download_dir

@@ -259,9 +259,12 @@ def test_the_drafts_path_does_not_matter(pair: Pair, tmp_path: Path, name: str) 
     "architecture", ["LlamaForCausalLMEagle3", "EagleLlamaForCausalLM", "Qwen3DSparkModel"]
 )
 def test_drafts_that_cannot_run_by_themselves(pair: Pair, tmp_path: Path, architecture: str) -> None:
+    from vllm.config import ModelConfig, speculative
+
     shutil.copytree(pair[1], tmp_path / "draft")
     change_config(tmp_path / "draft", architectures=[architecture])
     assert_one_line(refusal(pair, model=str(tmp_path / "draft")), "stand-alone draft model")
+    assert speculative.ModelConfig is ModelConfig  # nothing stays patched
 
 
 def change_config(folder: Path, **changes: Any) -> None:

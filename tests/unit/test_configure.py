@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import hub
@@ -263,6 +263,20 @@ def test_the_drafts_loader_is_its_own(
     for draft_load_config in given:
         load = engine_config(sent(create(pair, engine, draft_load_config=draft_load_config))).load_config
         assert (load.load_format, load.download_dir, load.model_loader_extra_config) == expected
+
+
+def test_a_draft_in_object_storage() -> None:
+    """vLLM has fetched its config alone; its loader is then the target's."""
+    from vllm.config import LoadConfig
+
+    from vllm_ssd.draft_args import draft_load_config
+
+    ssd: Any = SimpleNamespace(
+        draft_load_config=None, draft_model_config=SimpleNamespace(model_weights="s3://drafts/one")
+    )
+    target = LoadConfig(load_format="runai_streamer", model_loader_extra_config={"concurrency": 4})
+    load = draft_load_config(ssd, target)
+    assert (load.load_format, load.model_loader_extra_config) == ("runai_streamer", {"concurrency": 4})
 
 
 def test_random_weights_are_told(pair: Pair) -> None:
