@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,12 @@ for name, value in {
     "TOKENIZERS_PARALLELISM": "false",
 }.items():
     os.environ.setdefault(name, value)
+
+# A Hub cache of the tests' own (tests/hub.py): Hugging Face's packages read its place when they are imported.
+_hub_home = tempfile.TemporaryDirectory(prefix="vllm-ssd-tests-hub-", ignore_cleanup_errors=True)
+os.environ["HF_HOME"] = _hub_home.name
+for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE"):
+    os.environ.pop(name, None)
 
 # On a busy machine an example may take any time; and CI tries the same examples every time, so that it is red
 # only for what a change did. Runs by hand go on looking for new ones.

@@ -58,6 +58,45 @@ def add_method_ssd() -> None:
     EngineArgs.create_speculative_config = create_speculative_config
 
 
+@contextmanager
+def draft_of_any_name() -> Iterator[None]:
+    """Keep `SpeculativeConfig.__post_init__` from guessing a method by the draft's path.
+
+    Why: it takes a draft for EAGLE, DFlash or DSpark if its path or Hub id has such a word in it, as in
+    "eagle-team/llama-1b", also where the method is given. While it configures itself the draft has no path to
+    read. What it tells by the draft's own config stays.
+    Goes when vLLM leaves a given method as it is. Upstream: "Automatically detect the method" there.
+    """
+    from vllm.config import speculative
+
+    stock = speculative.ModelConfig
+    built: list[tuple[Any, str]] = []
+
+    def build(*args: Any, **options: Any) -> Any:
+        model_config = stock(*args, **options)
+        built.append((model_config, model_config.model))
+        model_config.model = ""
+        return model_config
+
+    speculative.ModelConfig = build
+    try:
+        yield
+    finally:
+        speculative.ModelConfig = stock
+        for model_config, name in built:
+            model_config.model = name
+
+
+def draft_heads() -> set[str]:
+    """Architectures that draft from a target's hidden states, and cannot run by themselves.
+
+    Why: vLLM has the list to itself. Goes when `ModelConfig` tells.
+    """
+    from vllm.model_executor.models import registry
+
+    return set(registry._SPECULATIVE_DECODING_MODELS)
+
+
 def allow_async_scheduling() -> None:
     """Let vLLM 0.32 schedule asynchronously for method "ssd", as it does by default for its own on V2.
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
+from dataclasses import Field as DataclassField
 from itertools import groupby
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
+import torch
+from pydantic import Field, field_validator
 from vllm import envs
 from vllm.config.speculative import SpeculativeConfig
 from vllm.config.utils import config
@@ -19,7 +24,10 @@ from vllm.logger import init_logger
 from vllm.platforms import CpuArchEnum, current_platform
 from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_visible_memory_node
 
+from vllm_ssd import compat
+from vllm_ssd.draft_args import load_args
 from vllm_ssd.shared import NAME_BYTES, cores_of_others, name_shared_folder, remove_at_exit
+from vllm_ssd.vocabularies import warn_of_other_tokens
 
 logger = init_logger("vllm.ssd")
 
@@ -27,22 +35,31 @@ GIB = 1 << 30
 MAX_SPECULATIVE_TOKENS = 16
 MAX_FOLDER_BYTES = 85  # of an engine: a Unix socket's path has at most 107, and ours lies two levels below
 
-# Options of SpeculativeConfig that belong to other methods: name -> the only value SSD takes.
-_FIXED_OPTIONS: dict[str, Any] = {
-    "draft_sample_method": "greedy",
-    "rejection_sample_method": "standard",
-    "use_heterogeneous_vocab": False,
-    "parallel_drafting": False,
-    "disable_padded_drafter_batch": False,
-    "num_speculative_tokens_per_batch_size": None,
-    "enable_adaptive_verification": False,
-    "draft_load_config": None,
-    "moe_backend": None,
-    "attention_backend": None,
-}
+# Options of `SpeculativeConfig` that SSD honours. Any other, also of a later vLLM, is refused unless it has
+# its default.
+_HONOURED = frozenset(
+    {
+        "method",
+        "model",
+        "num_speculative_tokens",
+        "draft_tensor_parallel_size",  # 1 only
+        "enforce_eager",
+        "quantization",
+        "kv_cache_dtype",
+        "attention_backend",
+        "moe_backend",
+        "max_model_len",
+        "revision",
+        "code_revision",
+        "draft_load_config",
+    }
+)
+# Fields of it that are no options: vLLM's own.
+_INTERNAL = ("target_model_config", "target_parallel_config", "draft_model_config", "draft_parallel_config")
 _ORDERED_STORES = ("x86_64", "AMD64")  # names of CPUs whose stores other cores see in order
 _SHORT_FLAGS = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
 _DRAFT_MEMORY = {"cpu": 0.5, "cuda": 4.0}  # GiB
+_BYTES = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 _bound: str | None = None  # what an engine of this process has set that to
 
@@ -92,7 +109,7 @@ class SSDSpeculativeConfig(SpeculativeConfig):
     ssd_draft_memory: float | None = Field(default=None, gt=0)
     """GiB of KV cache in the draft process, for all requests. Default: 0.5, on CUDA 4. Requests that find no
     room go on without drafts."""
-    ssd_prefill_chunk: int = Field(default=256, ge=1)
+    ssd_prefill_chunk: int = Field(default=256, ge=1, le=65536)
     """Prompt tokens the draft prefills in one step, over all requests, between rounds of the others."""
     ssd_wait_ms: float = Field(default=0.0, ge=0, le=1000)
     """Longest time the target waits in a round for a foreseen outcome's drafts to reach full depth."""
@@ -106,18 +123,57 @@ class SSDSpeculativeConfig(SpeculativeConfig):
 
     __repr__ = SpeculativeConfig.__repr__
 
+    @field_validator("ssd_draft_cores", mode="before")
+    @classmethod
+    def _read_cores(cls, given: Any) -> Any:
+        """A core may be given as a number, and several as a list."""
+        if isinstance(given, bool | dict) or not isinstance(given, Integral | Iterable):
+            return given
+        listed = [given] if isinstance(given, Integral | str) else given
+        return _format_cores(sorted({core for part in listed for core in parse_cores(str(part))}))
+
+    @field_validator("ssd_draft_device", mode="before")
+    @classmethod
+    def _read_device(cls, given: Any) -> Any:
+        if isinstance(given, int) and not isinstance(given, bool):
+            return f"cuda:{given}"
+        return str(given) if isinstance(given, torch.device) else given
+
+    @field_validator("ssd_draft_dtype", mode="before")
+    @classmethod
+    def _read_dtype(cls, given: Any) -> Any:
+        return str(given).removeprefix("torch.") if isinstance(given, torch.dtype) else given
+
+    @field_validator("ssd_draft_memory", mode="before")
+    @classmethod
+    def _read_memory(cls, given: Any) -> Any:
+        return parse_gib(given) if isinstance(given, str) else given
+
+    @field_validator("ssd_fanout", mode="before")
+    @classmethod
+    def _read_fanout(cls, given: Any) -> Any:
+        """On the command line a list is text, as in 4,3,1."""
+        return given.strip("[] ").split(",") if isinstance(given, str) and "," in given else given
+
+    @field_validator("ssd_shared_dir", mode="before")
+    @classmethod
+    def _read_folder(cls, given: Any) -> Any:
+        return str(given) if isinstance(given, Path) else given
+
     def __post_init__(self) -> None:
+        _check_platform(self)
         _refuse_foreign_options(self)
         self.draft_tensor_parallel_size = 1  # where the target has more, vLLM would give the draft as many
         with _presented_as_draft_model(self):
             super().__post_init__()
-        _check_platform(self)
+        self.prompt_lookup_min = self.prompt_lookup_max = None  # as given: vLLM makes both of them 0
         _check_models(self)
         _check_branches(self)
         self.ssd_shared_dir = str(name_shared_folder(self.ssd_shared_dir))
         _check_folder(self.ssd_shared_dir)
         self.ssd_draft_device = _choose_draft_device(self)
         self.ssd_draft_memory = self.ssd_draft_memory or _DRAFT_MEMORY[self.draft_device.partition(":")[0]]
+        _check_memory(self)
         self.ssd_draft_cores = _format_cores(_choose_draft_cores(self))
 
     @property
@@ -140,9 +196,14 @@ class SSDSpeculativeConfig(SpeculativeConfig):
 def create_ssd_config(engine_args: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
     """Build the config from what the user gave; called where vLLM builds its own `SpeculativeConfig`."""
     options = _merged_options(engine_args)
+    for name in _INTERNAL:
+        if options.pop(name, None) is not None:
+            raise ValueError(f"method 'ssd' does not support {name} in the speculative config; remove it")
     ssd = SSDSpeculativeConfig(
         **options, target_model_config=target_model_config, target_parallel_config=target_parallel_config
     )
+    _check_scheduler(engine_args, ssd.num_speculative_tokens)
+    warn_of_other_tokens(target_model_config, ssd.draft_model_config)
     assert ssd.ssd_shared_dir is not None
     remove_at_exit(Path(ssd.ssd_shared_dir))
     if target_parallel_config.worker_cls != "auto":
@@ -212,14 +273,29 @@ def _format_cores(cores: list[int]) -> str:
     return ",".join(map(str, cores))
 
 
+def parse_gib(text: str) -> Any:
+    """GiB, as a number, of a text such as "1.5", "1.5 GiB", "512MB" or, as in vLLM's own options, "1g" (10^9
+    bytes) and "1G" (2^30). Other text is left as it is."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kKmMgGtT])(i?[bB])?\s*", text)
+    if match is None:
+        return text
+    number, unit, ending = match.groups()
+    if ending:
+        unit = unit.upper() if len(ending) > 1 else unit.lower()
+    return float(number) * _BYTES[unit] / GIB
+
+
 @contextmanager
 def _presented_as_draft_model(ssd: SSDSpeculativeConfig) -> Iterator[None]:
     """Reuse what vLLM does for method "draft_model": the draft's model and parallel configs."""
     ssd.method = "draft_model"  # type: ignore[assignment]
     try:
-        yield
+        with compat.draft_of_any_name():
+            yield
         kind: str | None = ssd.method
-        if kind != "draft_model":  # vLLM sniffs EAGLE and its kin from the draft's name
+        if heads := compat.draft_heads() & set(ssd.draft_model_config.architectures):
+            kind = min(heads)
+        if kind != "draft_model":
             raise ValueError(
                 f"method 'ssd' needs a stand-alone draft model; {ssd.model!r} is of kind {kind!r}"
             )
@@ -232,15 +308,27 @@ def _refuse_foreign_options(ssd: SSDSpeculativeConfig) -> None:
         raise ValueError("method 'ssd' needs a draft: set 'model' in the speculative config")
     if ssd.num_speculative_tokens is None:
         raise ValueError("method 'ssd' needs 'num_speculative_tokens' in the speculative config")
-    for name, only in _FIXED_OPTIONS.items():
-        value = getattr(ssd, name, only)
-        if value != only:
+    for field in fields(SpeculativeConfig):
+        name, value = field.name, getattr(ssd, field.name)
+        if name not in _HONOURED and name not in _INTERNAL and value != _default(field):
             raise ValueError(f"method 'ssd' does not support {name}={value!r}; remove it")
     if ssd.draft_tensor_parallel_size not in (None, 1):
         raise ValueError("the draft runs on one device; remove draft_tensor_parallel_size")
+    if ssd.draft_load_config is not None:
+        load_args(ssd.draft_load_config)
+
+
+def _default(field: DataclassField[Any]) -> Any:
+    """Of a field as pydantic keeps it."""
+    default = field.default
+    if default is MISSING:
+        return None if field.default_factory is MISSING else field.default_factory()
+    return default.get_default(call_default_factory=True) if hasattr(default, "get_default") else default
 
 
 def _check_platform(ssd: SSDSpeculativeConfig) -> None:
+    if platform.system() != "Linux":
+        raise ValueError(f"this version of method 'ssd' runs on Linux only, and this is {platform.system()}")
     if not current_platform.is_cpu() and not current_platform.is_cuda():
         raise ValueError("this version of method 'ssd' runs on CUDA and on the CPU only")
     model = ssd.target_model_config
@@ -285,6 +373,11 @@ def _check_models(ssd: SSDSpeculativeConfig) -> None:
         raise ValueError(
             f"target and draft need the same vocabulary, these have {target_vocab} and {draft_vocab} tokens; "
             "choose a draft of the target's family"
+        )
+    if target.has_inner_state or target.is_hybrid or target.is_attention_free:
+        raise ValueError(
+            f"the target {target.model!r} has recurrent layers, whose state cannot be taken back when a "
+            "draft is rejected (no test has shown them right with SSD yet); serve it without speculation"
         )
     unsupported = {
         "is a multimodal model": draft.is_multimodal_model,
@@ -345,6 +438,33 @@ def _choose_draft_device(ssd: SSDSpeculativeConfig) -> str:
     if chosen not in [f"cuda:{index}" for index in range(num_devices)]:
         raise ValueError(f"ssd_draft_device={chosen!r} is none of cuda:0 to cuda:{num_devices - 1}")
     return chosen
+
+
+def _check_memory(ssd: SSDSpeculativeConfig) -> None:
+    asked = ssd.ssd_draft_memory
+    assert asked is not None
+    if current_platform.is_cpu():
+        where, there = "this machine", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+    else:
+        where = ssd.draft_device
+        there = current_platform.get_device_total_memory(int(where.partition(":")[2])) / GIB
+    if not asked < there:
+        # vLLM's command line makes 1000000000 of "1g".
+        meant = (
+            f" for {asked:.0f} bytes write {asked / GIB:.3g}" if 1 << 20 <= asked < 1 << 50 else " lower it"
+        )
+        raise ValueError(f"ssd_draft_memory={asked:g} is in GiB, and {where} has {there:.1f} GiB;{meant}")
+
+
+def _check_scheduler(engine_args: Any, num_speculative_tokens: int) -> None:
+    """A verification that does not fit a step is never scheduled. vLLM's defaults are large enough."""
+    for name in ("max_num_batched_tokens", "max_num_scheduled_tokens"):
+        limit = getattr(engine_args, name, None)
+        if limit is not None and num_speculative_tokens + 1 > limit:
+            raise ValueError(
+                f"{name}={limit} has no room for a verification of num_speculative_tokens + 1 = "
+                f"{num_speculative_tokens + 1} tokens; raise it or lower num_speculative_tokens"
+            )
 
 
 def _choose_draft_cores(ssd: SSDSpeculativeConfig) -> list[int]:

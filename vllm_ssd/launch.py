@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import msgspec
 
@@ -30,7 +31,10 @@ class DraftProcess:
         environment = {name: value for name, value in os.environ.items() if name not in _OPENMP_BINDING}
         environment.pop("VLLM_USE_V2_MODEL_RUNNER", None)  # concerns the target; the draft has no runner
         environment["OMP_NUM_THREADS"] = str(len(configure.cores) if configure.device == "cpu" else 1)
-        environment["PYTHONSAFEPATH"] = "1"  # the installed package, also where there is a checkout around
+        environment["PYTHONPATH"] = _module_path()
+        environment["PYTHONSAFEPATH"] = (
+            "1"  # the target's package, also where there is another checkout around
+        )
         environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         environment["VLLM_LOGGING_PREFIX"] = "[ssd draft] "
         self._process = subprocess.Popen(
@@ -68,3 +72,13 @@ class DraftProcess:
         if not stdin.closed:
             with contextlib.suppress(OSError), stdin:  # it may have gone by itself
                 stdin.write(_FAREWELL)
+
+
+def _module_path() -> str:
+    """PYTHONPATH of a child that finds modules where this process does, in the same order.
+
+    vLLM's own children get their parent's `sys.path` as well. The working directory ("") is left out, unless
+    this very package was found there: then it is given by its name.
+    """
+    own = str(Path(__file__).parents[1])
+    return os.pathsep.join(dict.fromkeys([*filter(None, sys.path), own]))

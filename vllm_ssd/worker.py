@@ -19,6 +19,7 @@ from vllm_ssd.channel import Configure
 from vllm_ssd.config import GIB, SSDSpeculativeConfig, engine_cores
 from vllm_ssd.costs import Costs
 from vllm_ssd.counters import TARGET_COUNTERS_FILE, Counters, target_fields
+from vllm_ssd.draft_args import draft_engine_args, plain
 from vllm_ssd.fallback import (
     AutoFallback,
     Fallback,
@@ -34,9 +35,6 @@ from vllm_ssd.speed_model import StepTimes, measure_line
 from vllm_ssd.supervisor import AllocateTable, DraftSupervisor
 
 logger = init_logger("vllm.ssd")
-
-# The smallest that the attention backends take: a fork copies one block per branch.
-DRAFT_BLOCK_SIZES = {"cpu": 32, "cuda": 16}
 
 
 class DraftHost:
@@ -232,41 +230,28 @@ class TargetsDraft:
 def _configure(ssd: SSDSpeculativeConfig, vllm_config: VllmConfig) -> Configure:
     draft = ssd.draft_model_config
     assert ssd.ssd_draft_memory is not None  # chosen when it was configured
-    device = ssd.draft_device
-    target_dtype = str(draft.dtype).removeprefix("torch.")  # vLLM gives the draft's config the target's
-    engine_args = {
-        "dtype": target_dtype if ssd.ssd_draft_dtype == "auto" else ssd.ssd_draft_dtype,
-        "max_model_len": draft.max_model_len,
-        "block_size": DRAFT_BLOCK_SIZES[device.partition(":")[0]],
-        "quantization": draft.quantization,
-        "revision": draft.revision,
-        "code_revision": draft.code_revision,
-        "trust_remote_code": draft.trust_remote_code,
-        "kv_cache_dtype": ssd.kv_cache_dtype or vllm_config.cache_config.cache_dtype,
-        "seed": draft.seed,
-        "load_format": vllm_config.load_config.load_format,
-        "download_dir": vllm_config.load_config.download_dir,
+    options = {
+        "address": "",
+        "shared_dir": ssd.ssd_shared_dir,
+        "table_dir": "",
+        "model": draft.model_weights
+        or draft.model,  # where vLLM fetched the config alone, it keeps the rest's
+        "vocab_size": draft.get_vocab_size(),
+        "engine_args": draft_engine_args(ssd, vllm_config),
+        "device": ssd.draft_device,
+        "cores": ssd.draft_cores,
+        "num_speculative_tokens": ssd.num_speculative_tokens,
+        "fanout": ssd.ssd_fanout,
+        "branch_budget": ssd.ssd_branch_budget,
+        "max_slots": vllm_config.scheduler_config.max_num_seqs,
+        "max_rows": ssd.ssd_max_rows,
+        "prefill_chunk": ssd.ssd_prefill_chunk,
+        "memory_bytes": int(ssd.ssd_draft_memory * GIB),
+        "enforce_eager": draft.enforce_eager if ssd.enforce_eager is None else ssd.enforce_eager,
+        "is_coupled": ssd.ssd_verify == "coupled",
+        "saguaro_c": ssd.ssd_saguaro_c,
     }
-    return Configure(
-        address="",
-        shared_dir=str(ssd.ssd_shared_dir),
-        table_dir="",
-        model=draft.model,
-        vocab_size=draft.get_vocab_size(),
-        engine_args=engine_args,
-        device=device,
-        cores=ssd.draft_cores,
-        num_speculative_tokens=ssd.num_speculative_tokens,
-        fanout=ssd.ssd_fanout,
-        branch_budget=ssd.ssd_branch_budget,
-        max_slots=vllm_config.scheduler_config.max_num_seqs,
-        max_rows=ssd.ssd_max_rows,
-        prefill_chunk=ssd.ssd_prefill_chunk,
-        memory_bytes=int(ssd.ssd_draft_memory * GIB),
-        enforce_eager=draft.enforce_eager if ssd.enforce_eager is None else ssd.enforce_eager,
-        is_coupled=ssd.ssd_verify == "coupled",
-        saguaro_c=ssd.ssd_saguaro_c,
-    )
+    return Configure(**plain(options))
 
 
 def _fallback(

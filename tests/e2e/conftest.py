@@ -9,7 +9,9 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 from collections.abc import Iterator
+from pathlib import Path
 
+import hub
 import pytest
 from engines import Engines
 from pairs import pair, small_vocabulary_pair  # noqa: F401
@@ -21,3 +23,12 @@ def engines() -> Iterator[Engines]:
     kept = Engines()
     yield kept
     kept.close()
+
+
+@pytest.fixture(scope="session")
+def hub_pair(pair: tuple[Path, Path]) -> tuple[str, str]:  # noqa: F811
+    """The Hub ids of (target, draft), which are in the tests' Hub cache."""
+    ids = ("me/target", "me/draft")
+    for model, repo_id in zip(pair, ids, strict=True):
+        hub.publish(model, repo_id)
+    return ids

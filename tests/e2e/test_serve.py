@@ -1,4 +1,4 @@
-"""`vllm serve` with method "ssd": completions, chat, streaming, metrics, and a clean end."""
+"""`vllm serve` as in the README, by Hub ids: completions, chat, streaming, metrics, and a clean end."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
+import readme
 
 pytestmark = pytest.mark.timeout(280)
 
@@ -89,19 +90,12 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(
-    engines: Any, pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+    engines: Any, hub_pair: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     engines.close()
     port = free_port()
     log = tmp_path_factory.mktemp("serve") / "log"
-    speculative = {
-        "method": "ssd",
-        "model": str(pair[1]),
-        "num_speculative_tokens": 4,
-        "ssd_draft_memory": 0.25,
-    }
     options = {
-        "--speculative-config": json.dumps(speculative),
         "--served-model-name": MODEL,
         "--host": "127.0.0.1",
         "--port": str(port),
@@ -115,7 +109,7 @@ def server(
         process = subprocess.Popen(
             [
                 *serve_command(),
-                str(pair[0]),
+                *readme.serve_words(*hub_pair),
                 *(word for pair in options.items() for word in pair),
                 "--enforce-eager",
             ],

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import pickle
+import platform
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import hub
+import numpy as np
 import pytest
+import torch
 from configs import Pair, assert_one_line, create, refusal
 
 import vllm_ssd
@@ -233,18 +240,59 @@ def test_the_draft_may_have_a_type_of_its_own(pair: Pair, asked: str, given: str
     assert _configure(config.speculative_config, config).engine_args["dtype"] == given
 
 
-def test_a_draft_that_vllm_takes_for_eagle(pair: Pair, tmp_path: Path) -> None:
-    eagle = tmp_path / "my-eagle-draft"
-    shutil.copytree(pair[1], eagle)
-    assert_one_line(refusal(pair, model=str(eagle)), "stand-alone draft model", "eagle")
+NAMED_LIKE_A_METHOD = ("my-eagle-draft", "eagle3-draft", "DFlash-exp/draft", "dspark/draft", "medusa/mtp")
+
+
+@pytest.mark.parametrize("name", NAMED_LIKE_A_METHOD)
+def test_the_drafts_path_does_not_matter(pair: Pair, tmp_path: Path, name: str) -> None:
+    shutil.copytree(pair[1], tmp_path / name)
+    ids = f"eagle-team/{name.replace('/', '-')}"
+    hub.publish(pair[1], ids)
+    for draft in (str(tmp_path / name), ids):
+        ssd = create(pair, model=draft).speculative_config
+        assert (ssd.method, ssd.model, ssd.draft_model_config.model) == ("ssd", draft, draft)
+        assert ssd.draft_model_config.hf_config.model_type == "llama"
+
+
+@pytest.mark.parametrize(
+    "architecture", ["LlamaForCausalLMEagle3", "EagleLlamaForCausalLM", "Qwen3DSparkModel"]
+)
+def test_drafts_that_cannot_run_by_themselves(pair: Pair, tmp_path: Path, architecture: str) -> None:
+    from vllm.config import ModelConfig, speculative
+
+    shutil.copytree(pair[1], tmp_path / "draft")
+    change_config(tmp_path / "draft", architectures=[architecture])
+    assert_one_line(refusal(pair, model=str(tmp_path / "draft")), "stand-alone draft model")
+    assert speculative.ModelConfig is ModelConfig  # nothing stays patched
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) | changes
+    file.write_text(json.dumps(config), encoding="utf-8")
+
+
+def test_recurrent_targets(pair: Pair, tmp_path: Path) -> None:
+    """Mamba-2, and a hybrid of convolutions and attention, by their configs alone."""
+    from transformers import Lfm2Config, Mamba2Config
+
+    size = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 512}
+    mamba = Mamba2Config(**size, num_heads=4, head_dim=32, state_size=16, n_groups=1)
+    hybrid = Lfm2Config(
+        **size, num_attention_heads=2, num_key_value_heads=1, layer_types=["conv", "full_attention"]
+    )
+    for config, architecture in ((mamba, "Mamba2ForCausalLM"), (hybrid, "Lfm2ForCausalLM")):
+        target = tmp_path / architecture
+        config.architectures = [architecture]
+        config.save_pretrained(target)
+        lines = refusal((target, pair[1]), {"skip_tokenizer_init": True})
+        assert_one_line(lines, "the target", str(target), "recurrent", "without speculation")
 
 
 def test_a_draft_with_sliding_windows(pair: Pair, tmp_path: Path) -> None:
     sliding = tmp_path / "sliding"
     shutil.copytree(pair[1], sliding)
-    config = json.loads((sliding / "config.json").read_text(encoding="utf-8"))
-    config["sliding_window"] = 64
-    (sliding / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    change_config(sliding, sliding_window=64)
     assert_one_line(refusal(pair, model=str(sliding)), "sliding-window", "full attention")
 
 
@@ -267,7 +315,9 @@ def test_drafts_of_unsupported_kinds(attribute: str, said: str) -> None:
         get_sliding_window=lambda: None,
         **{kind: kind == attribute for kind in kinds},
     )
-    target = SimpleNamespace(get_vocab_size=lambda: 9)
+    target = SimpleNamespace(
+        get_vocab_size=lambda: 9, has_inner_state=False, is_hybrid=False, is_attention_free=False
+    )
     with pytest.raises(ValueError, match=said) as error:
         _check_models(SimpleNamespace(target_model_config=target, draft_model_config=draft))  # type: ignore[arg-type]
     assert len(str(error.value).splitlines()) == 1
@@ -277,7 +327,11 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch, num_devices: int) -> None:
     from vllm_ssd import config
 
     platform = SimpleNamespace(
-        is_cpu=lambda: False, is_cuda=lambda: True, device_count=lambda: num_devices, device_type="cuda"
+        is_cpu=lambda: False,
+        is_cuda=lambda: True,
+        device_count=lambda: num_devices,
+        device_type="cuda",
+        get_device_total_memory=lambda index: (40 + index) << 30,
     )
     monkeypatch.setattr(config, "current_platform", platform)
 
@@ -346,9 +400,185 @@ def test_a_gpu_where_there_is_none(pair: Pair) -> None:
     assert_one_line(refusal(pair, ssd_draft_device="cuda:0"), "no GPU here")
 
 
-def test_the_readme_has_every_option_with_its_default() -> None:
-    from dataclasses import fields
+def test_every_option_that_is_not_honoured_is_refused(pair: Pair) -> None:
+    """Also those of a later vLLM."""
+    from vllm.config.speculative import SpeculativeConfig
 
+    from vllm_ssd.config import _HONOURED, _INTERNAL, _default, _refuse_foreign_options
+
+    defaults = {field.name: _default(field) for field in fields(SpeculativeConfig)}
+    assert set(_HONOURED) | set(_INTERNAL) <= defaults.keys()
+    given = defaults | {"model": "draft", "num_speculative_tokens": 4}
+    _refuse_foreign_options(SimpleNamespace(**given))  # type: ignore[arg-type]
+    for name in defaults.keys() - _HONOURED - set(_INTERNAL):
+        with pytest.raises(ValueError, match=f"does not support {name}=.*remove it"):
+            _refuse_foreign_options(SimpleNamespace(**given | {name: "other"}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prompt_lookup_max": 8},
+        {"suffix_decoding_max_tree_depth": 12},
+        {"disable_eagle_block_drop": True},
+        {"use_local_argmax_reduction": True},
+        {"tensor_parallel_size": 1},
+        {"num_speculative_tokens_per_batch_size": [[1, 4, 3]]},
+        {"draft_model_config": {}},
+        {"target_model_config": {}},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_of_other_methods(pair: Pair, options: dict[str, Any]) -> None:
+    (name,) = options
+    assert_one_line(refusal(pair, **options), "does not support", name, "remove it")
+
+
+def test_a_config_that_is_made_again(pair: Pair) -> None:
+    options = {"ssd_draft_cores": 0, "draft_load_config": {"load_format": "pt"}, "ssd_draft_memory": "1GiB"}
+    ssd = create(pair, **options).speculative_config
+    again = pickle.loads(pickle.dumps(ssd))
+    again.__post_init__()
+    for name in (field.name for field in fields(ssd)):
+        if name.startswith("ssd_") or name in ("method", "model", "draft_load_config", "prompt_lookup_max"):
+            assert getattr(again, name) == getattr(ssd, name), name
+
+
+def test_a_verification_that_fits_no_step(pair: Pair) -> None:
+    engine = {"max_num_batched_tokens": 4, "max_num_seqs": 4, "enable_chunked_prefill": True}
+    assert_one_line(
+        refusal(pair, engine), "max_num_batched_tokens=4", "num_speculative_tokens + 1 = 5", "raise"
+    )
+    assert_one_line(refusal(pair, {"max_num_scheduled_tokens": 4}), "max_num_scheduled_tokens=4")
+    create(pair, engine, num_speculative_tokens=3)
+
+
+@pytest.mark.parametrize("system", ["Darwin", "Windows"])
+def test_another_system(pair: Pair, monkeypatch: pytest.MonkeyPatch, system: str) -> None:
+    monkeypatch.setattr(platform, "system", lambda: system)
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert_one_line(refusal(pair), "Linux only", system)
+
+
+FIRST = min(os.sched_getaffinity(0))
+# option, as written (for a shell and in JSON, or for Python alone), as it is then
+WRITTEN: list[tuple[str, str | None, Any, Any]] = [
+    ("num_speculative_tokens", "4", "4", 4),
+    ("ssd_branch_budget", "10", 10, 10),
+    ("ssd_branch_budget", None, np.int64(10), 10),
+    ("ssd_branch_budget", None, 10.0, 10),
+    ("ssd_branch_budget", None, "10", 10),
+    ("ssd_fanout", "geometric", "geometric", "geometric"),
+    ("ssd_fanout", "[4,1,1,1,1]", [4, 1, 1, 1, 1], [4, 1, 1, 1, 1]),
+    ("ssd_fanout", "4,1,1,1,1", (4, 1, 1, 1, 1), [4, 1, 1, 1, 1]),
+    ("ssd_max_rows", "1k", 1000, 1000),
+    ("ssd_verify", "ratio", "ratio", "ratio"),
+    ("ssd_saguaro_c", "1", 1, 1.0),
+    ("ssd_fallback", "ngram", "ngram", "ngram"),
+    ("ssd_planner", "true", True, True),
+    ("ssd_planner", "false", "false", False),
+    ("ssd_planner", None, 1, True),
+    ("ssd_draft_device", "cpu", torch.device("cpu"), "cpu"),
+    ("ssd_draft_cores", str(FIRST), FIRST, str(FIRST)),
+    ("ssd_draft_cores", f"{FIRST},{FIRST}", [FIRST, FIRST], str(FIRST)),
+    ("ssd_draft_cores", f"{FIRST}-{FIRST}", (str(FIRST),), str(FIRST)),
+    ("ssd_draft_cores", None, range(FIRST, FIRST + 1), str(FIRST)),
+    ("ssd_draft_cores", None, np.array([FIRST]), str(FIRST)),
+    ("ssd_draft_cores", None, np.int64(FIRST), str(FIRST)),
+    ("ssd_draft_dtype", "bfloat16", torch.bfloat16, "bfloat16"),
+    ("ssd_draft_memory", "1", 1, 1.0),
+    ("ssd_draft_memory", "0.25", "0.25", 0.25),
+    ("ssd_draft_memory", "1.5GiB", "1.5 GiB", 1.5),
+    ("ssd_draft_memory", "512MiB", "512 mib", 0.5),
+    ("ssd_draft_memory", None, "0.5G", 0.5),
+    ("ssd_draft_memory", None, "1g", 1e9 / 2**30),
+    ("ssd_draft_memory", None, "1GB", 1e9 / 2**30),
+    ("ssd_prefill_chunk", "1k", 1000, 1000),
+    ("ssd_wait_ms", "2", 2, 2.0),
+    ("ssd_ready_timeout", "60", "60", 60.0),
+    ("ssd_stall_timeout", "1e1", 10, 10.0),
+    ("ssd_max_restarts", "0", 0, 0),
+    ("ssd_shared_dir", "/var/tmp", Path("/var/tmp"), "/var/tmp"),
+]
+
+
+def shown(ssd: Any, option: str) -> Any:
+    return os.path.dirname(ssd.ssd_shared_dir) if option == "ssd_shared_dir" else getattr(ssd, option)
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "value", "expected"), WRITTEN, ids=[f"{row[0]}={row[2]!r}" for row in WRITTEN]
+)
+def test_what_the_front_ends_make_of_an_option(
+    pair: Pair, tmp_path: Path, option: str, text: str | None, value: Any, expected: Any
+) -> None:
+    """Python, JSON, a dotted option of the command line, and YAML."""
+    more: dict[str, Any] = {"ssd_verify": "ratio"} if option == "ssd_saguaro_c" else {}
+    assert shown(create(pair, **more | {option: value}).speculative_config, option) == expected
+    if text is None:
+        return
+    options = {"method": "ssd", "model": str(pair[1]), "num_speculative_tokens": 4} | more
+    options.pop(option, None)
+    file = tmp_path / "engine.yaml"
+    # Text with a comma or a dash is text in YAML too; numbers with a k are, unlike on the command line.
+    value_in_yaml = json.dumps(value) if text.endswith("k") else text
+    lines = [f"  {name}: {json.dumps(given)}" for name, given in options.items()]
+    file.write_text(
+        "\n".join(["speculative-config:", *lines, f"  {option}: {value_in_yaml}"]), encoding="utf-8"
+    )
+    dotted = [
+        word for name, given in options.items() for word in (f"--speculative-config.{name}", str(given))
+    ]
+    for words in ([*dotted, f"--speculative-config.{option}", text], ["--config", str(file)]):
+        assert shown(from_command_line(pair, words).speculative_config, option) == expected, words
+
+
+@functools.cache
+def parser() -> Any:
+    """vLLM's, of a server's options."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    return EngineArgs.add_cli_args(FlexibleArgumentParser())
+
+
+def from_command_line(pair: Pair, words: list[str]) -> Any:
+    """The engine's config of a server with these options."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    always = ["--model", str(pair[0]), "--dtype", "float32", "--enforce-eager", "--max-model-len", "256"]
+    return EngineArgs.from_cli_args(parser().parse_args([*always, *words])).create_engine_config()
+
+
+def test_a_size_that_is_more_than_there_is(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's command line makes 10^9 of 1g, and an option without a unit is in GiB."""
+    dotted = ["method", "ssd", "model", str(pair[1]), "num_speculative_tokens", "4", "ssd_draft_memory", "1g"]
+    words = [f"--speculative-config.{w}" if i % 2 == 0 else w for i, w in enumerate(dotted)]
+    with pytest.raises(ValueError, match=r"ssd_draft_memory") as error:
+        from_command_line(pair, words)
+    assert_one_line(
+        str(error.value).splitlines(), "ssd_draft_memory=1e+09", "GiB", "for 1000000000 bytes", "0.931"
+    )
+    assert_one_line(
+        refusal(pair, ssd_draft_memory=1e5), "ssd_draft_memory=100000", "this machine has", "lower it"
+    )
+    assert_one_line(refusal(pair, ssd_draft_memory=float("inf")), "ssd_draft_memory=inf", "this machine has")
+    on_cuda(monkeypatch, 2)
+    assert_one_line(refusal(pair, ssd_draft_memory=41), "ssd_draft_memory=41", "cuda:1 has 41.0 GiB")
+    create(pair, ssd_draft_memory=40)
+
+
+@pytest.mark.parametrize("given", ["much", "1x", "", [1], "-1g", {}], ids=repr)
+def test_sizes_that_are_none(pair: Pair, given: Any) -> None:
+    assert any("ssd_draft_memory" in line for line in refusal(pair, ssd_draft_memory=given))
+
+
+@pytest.mark.parametrize("given", [True, 1.5, [0.5], {"a": 1}, -1, [-1], "0,,1"], ids=repr)
+def test_cores_that_are_none(pair: Pair, given: Any) -> None:
+    assert any("ssd_draft_cores" in line for line in refusal(pair, ssd_draft_cores=given))
+
+
+def test_the_readme_has_every_option_with_its_default() -> None:
     from vllm_ssd.config import SSDSpeculativeConfig
 
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")

@@ -43,6 +43,9 @@ def engine_config(configure: Configure) -> VllmConfig:
         disable_log_stats=True,
         **configure.engine_args,
     )
+    # Offline, vLLM has replaced the model's id by its folder in the Hub cache; by its id the loader finds the
+    # weights in `download_dir` too.
+    args.model = args.tokenizer = configure.model
     return args.create_engine_config()
 
 

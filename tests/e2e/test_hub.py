@@ -1,0 +1,40 @@
+"""Target and draft by their Hub ids, as nearly everybody names them; test_serve.py serves them so."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import readme
+from engines import Engines, generate, give_draft_time, greedy_params, in_worker, stats
+
+pytestmark = pytest.mark.timeout(280)
+
+PATIENCE_S = 150.0
+
+
+def test_the_readmes_python_file(
+    engines: Engines,
+    hub_pair: tuple[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import vllm
+
+    made: list[Any] = []
+
+    def build(target: str, speculative_config: dict[str, Any]) -> Any:
+        monkeypatch.undo()
+        made.append(engines.get(target, speculative_config))
+        return made[-1]
+
+    monkeypatch.setattr(vllm, "LLM", build)
+    exec(compile(readme.snippet(*hub_pair), "README.md", "exec"), {"__name__": "__main__"})
+    (llm,) = made
+    assert "RequestOutput" in capsys.readouterr().out
+    in_worker(llm, give_draft_time)
+    deadline = time.monotonic() + PATIENCE_S
+    while not stats(llm)["hits"]:  # a busy machine may miss many rounds
+        assert time.monotonic() < deadline, stats(llm)
+        generate(llm, [[5, 6, 7]], greedy_params(64))
