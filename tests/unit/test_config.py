@@ -497,7 +497,6 @@ WRITTEN: list[tuple[str, str | None, Any, Any]] = [
     ("ssd_wait_ms", "2", 2, 2.0),
     ("ssd_ready_timeout", "60", "60", 60.0),
     ("ssd_stall_timeout", "1e1", 10, 10.0),
-    ("ssd_max_restarts", "0", 0, 0),
     ("ssd_shared_dir", "/var/tmp", Path("/var/tmp"), "/var/tmp"),
 ]
 
