@@ -92,7 +92,7 @@ SCHEMA = {
     "properties": {"a": {"type": "array", "items": {"$ref": "#"}}, "b": {"type": "integer"}},
     "required": ["a", "b"],
 }
-GRAMMARS = ('root ::= "a" root | "b"', "root ::= root", "?? ::=", "")
+GRAMMARS = ('root ::= "a" root | "b"', 'root ::= ("ab" | "a"){3}', "?? ::=", "")
 REPETITIONS = {"max_pattern_size": 9, "min_count": 2}
 ODD_TEXTS = (
     "\ud800",
@@ -106,10 +106,12 @@ TOOL = {"type": "function", "function": {"name": "x", "parameters": SCHEMA}}
 
 # fmt: off
 HOSTILE: dict[str, Kind] = {
-    "top_k": lambda f: f.complete(top_k=f.pick(2**31 - 1, 2**31, 2**32 - 1, 2**63, 2**70), temperature=1),
-    "top_k, by ids": lambda f: f.generate(f.some(), top_k=f.pick(2**31, 2**63, 2**70), max_tokens=32),
+    "top_k": lambda f: f.complete(top_k=f.pick(2**31 - 1, 2**31, 2**32 - 1, 2**63), temperature=1),
+    "top_k, by ids": lambda f: f.generate(f.some(), top_k=f.pick(2**31, 2**63), max_tokens=32),
     "seeds": lambda f: f.complete(seed=f.pick(-1, -(2**63), 2**63 - 1, 2**63, 2**64), temperature=1),
-    "seeds, by ids": lambda f: f.generate(f.some(), seed=f.pick(-9, 2**63, 2**64 - 1, 2**70)),
+    "seeds, by ids": lambda f: f.generate(f.some(), seed=f.pick(-9, 2**63, 2**64 - 1)),
+    "beyond 64 bits": lambda f: f.complete(top_k=2**70, temperature=1),
+    "beyond 64 bits, by ids": lambda f: f.generate(f.some(), seed=2**70),
     "temperatures": lambda f: f.complete(temperature=f.pick(*NUMBERS, 1e-9, 1e-5, 0.009, 2)),
     "top_p": lambda f: f.complete(top_p=f.pick(*NUMBERS, 0, 1e-12, 1 + 1e-9), temperature=0.8),
     "min_p": lambda f: f.complete(min_p=f.pick(*NUMBERS, 1, 1e-30), temperature=1),
@@ -131,6 +133,7 @@ HOSTILE: dict[str, Kind] = {
     "JSON": lambda f: f.structured(json=f.pick(SCHEMA, {"type": "object"}, {"type": "?"})),
     "regex": lambda f: f.structured(regex=f.pick("[a-z]+", "(((", "(a|aa)+b{1,200}", "\\d{3}")),
     "grammar": lambda f: f.structured(grammar=f.pick(*GRAMMARS)),
+    "grammar of nothing": lambda f: f.structured(grammar="root ::= root"),
     "choices": lambda f: f.structured(choice=[str(i) for i in range(f.pick(1, 500))]),
     "two structures": lambda f: f.structured(regex="a", json=SCHEMA),
     "thinking budget": lambda f: f.complete(prompt="<think>", thinking_token_budget=f.pick(-1, 0, 5, 2**31)),
