@@ -71,7 +71,10 @@ SSD_OPTIONS = {
     "ssd_wait_ms": 200,
     "ssd_prefill_chunk": 64,
 }
-WATCHED = ("vllm:ssd_draft_restarts_total", "vllm:ssd_draft_stalls_total")
+# Counters that must not move: the last two count exceptions that were contained.
+WATCHED = tuple(
+    f"vllm:ssd_{name}_total" for name in ("draft_restarts", "draft_stalls", "failures", "draft_dropped")
+)
 
 # Kinds that stock vLLM (--method draft_model) answers with a server error, too.
 STOCK_5XX = frozenset[str]()
@@ -118,7 +121,7 @@ class Phase:
         default_factory=lambda: defaultdict(Counter)
     )  # others', by kind
     replies: dict[str, str] = field(default_factory=dict)  # how each kind's first one of a status begins
-    events: list[str] = field(default_factory=list)  # deaths, restarts and stalls, and what was in flight
+    events: list[str] = field(default_factory=list)  # deaths and changes of WATCHED, and what was in flight
     running: list[float] = field(default_factory=list)  # requests in the engine's batch, each second
     counted: dict[str, float] = field(default_factory=dict)  # increases of vLLM's and SSD's counters
 
@@ -171,7 +174,7 @@ def judge(alone: Phase, beside: Phase) -> list[Verdict]:
             hits > 0 and hits - hits_beside <= MOST_LOST_POINTS,
             f"{hits:.1f} % alone, {hits_beside:.1f} % beside",
         ),
-        _verdict("no process died, restarted or stalled", events),
+        _verdict("no process died, restarted, stalled or had an exception", events),
         _verdict("every good request is answered", failures),
         _verdict("hostile requests get no server error that stock vLLM does not give", errors),
     ]
