@@ -21,6 +21,7 @@ def register() -> None:
         compat.allow_async_scheduling()
         compat.mend_cpu_sampling()
         compat.mend_min_tokens_of_bonus()
+        compat.mend_thinking_budgets()
         compat.add_metrics()
         compat.add_method_ssd()
     except (AttributeError, ImportError) as error:  # vLLM lets it end every engine, also those without SSD

@@ -10,6 +10,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -165,6 +166,114 @@ def mend_min_tokens_of_bonus() -> None:
 
     setattr(forward, _MARK, stock)
     RejectionSampler.forward = forward
+
+
+def mend_thinking_budgets() -> None:
+    """Force the end of thinking where it is due without speculation, whatever the drafts are (V1 runner).
+
+    Failure: where there are drafts, `ThinkingBudgetStateHolder` works out from their number what to force, and
+    does not go back when they are rejected: an end mark of several tokens comes late or stays unfinished
+    (stock draft_model too). Here its own state goes on token by token, as without speculation, and on trial
+    for each draft. Goes when upstream does that; its V2 runner has no such state.
+    """
+    from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
+
+    stock_update = ThinkingBudgetStateHolder.update_state
+    stock_apply = ThinkingBudgetStateHolder.apply_to_logits
+    if hasattr(stock_update, _MARK):
+        return
+
+    def forced_next(holder: Any, state: dict[str, Any], output: list[int]) -> int | None:
+        """The token that must follow this output, if any must; outputs come in order, each once."""
+        state.update(output_tok_ids=output, spec_token_ids=[], force_index=[])
+        holder._update_think_state(state)
+        mark, place = holder.think_end_token_ids, state["end_count"]
+        return mark[place] if state["in_end"] and state["force_index"] and place < len(mark) else None
+
+    def update_state(
+        self: Any,
+        output_token_ids: list[list[int]],
+        spec_token_ids: list[list[int]] | None,
+        repeat_indices: torch.Tensor | None = None,
+    ) -> None:
+        if not self.in_spec_mode:
+            stock_update(self, output_token_ids, spec_token_ids, repeat_indices)
+            return
+        for row, state in self._state.items():
+            output, drafts = output_token_ids[row], spec_token_ids[row] if spec_token_ids else []
+            if len(output) < state.get("num_seen", -1):  # some were discarded
+                state |= self._init_state_entry(state["prompt_tok_ids"], state["thinking_token_budget"])
+                del state["num_seen"]
+            for count in range(state.get("num_seen", -1) + 1, len(output) + 1):
+                state["forced"] = [forced_next(self, state, output[:count])]
+            state["num_seen"] = len(output)
+            trial = dict(state)
+            state["forced"] = state["forced"][:1] + [
+                forced_next(self, trial, [*output, *drafts[: count + 1]]) for count in range(len(drafts))
+            ]
+
+    def apply_to_logits(
+        self: Any,
+        logits: torch.Tensor,  # of each row's last place, or of all before it
+        predict_bonus_token: bool,
+        spec_token_ids: list[list[int]] | None,
+    ) -> torch.Tensor:
+        if not self.in_spec_mode:
+            return stock_apply(self, logits, predict_bonus_token, spec_token_ids)
+        begins = np.cumsum([0, *(len(drafts) for drafts in spec_token_ids or [])]).tolist()
+        for row, state in self._state.items():
+            forced = state["forced"]
+            places = {row: forced[-1]} if predict_bonus_token else dict(enumerate(forced[:-1], begins[row]))
+            for place, token in places.items():
+                if token is not None:
+                    logits[place, token] = 1e9  # as upstream
+        return logits
+
+    setattr(update_state, _MARK, True)
+    ThinkingBudgetStateHolder.update_state = update_state
+    ThinkingBudgetStateHolder.apply_to_logits = apply_to_logits
+
+
+@contextmanager
+def logprobs_of_chosen_tokens(sampler: Any, input_batch: Any) -> Iterator[None]:
+    """Give each row of a step the log-probabilities that it asked for (V1 runner).
+
+    Why: where one request names the tokens (`logprob_token_ids`), vLLM's sampler gives all rows those, so
+    that others lack what they asked for, even without speculation. With drafts the request lacks most of its
+    own, and if another one asks for the likeliest, the rejection sampler raises and the engine ends (any
+    method of speculation). Goes with the V1 runner; its successor knows whose tokens they are.
+
+    Args:
+        sampler: the runner's `Sampler`, which the rejection sampler uses too.
+        input_batch: the runner's; of the one step that is sampled meanwhile.
+    """
+    metadata, gather_likeliest = input_batch.sampling_metadata, sampler.gather_logprobs
+    chosen = metadata.logprob_token_ids
+    if not chosen:
+        yield
+        return
+
+    def gather(logprobs: torch.Tensor, num_logprobs: int, token_ids: torch.Tensor) -> Any:
+        """Of [B * places, V], each row's places one after the other."""
+        found = gather_likeliest(logprobs, num_logprobs, token_ids)
+        places = len(logprobs) // input_batch.num_reqs
+        more = max(0, *(len(tokens) - num_logprobs for tokens in chosen.values()))
+        tokens = torch.nn.functional.pad(found.logprob_token_ids, (0, more))
+        values = torch.nn.functional.pad(found.logprobs, (0, more), value=-float("inf"))
+        for row, asked in chosen.items():
+            part, columns = slice(row * places, (row + 1) * places), slice(1, len(asked) + 1)
+            tokens[part, columns] = torch.tensor(asked, dtype=tokens.dtype, device=tokens.device)
+            values[part, columns] = logprobs[part, asked]
+        return found._replace(logprob_token_ids=tokens, logprobs=values)
+
+    likeliest = metadata.max_num_logprobs or 0
+    input_batch.sampling_metadata = replace(metadata, logprob_token_ids=None, max_num_logprobs=likeliest)
+    sampler.gather_logprobs = gather
+    try:
+        yield
+    finally:
+        del sampler.gather_logprobs
+        input_batch.sampling_metadata = metadata
 
 
 def add_metrics() -> None:

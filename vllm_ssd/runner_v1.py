@@ -99,19 +99,32 @@ class SSDModelRunner(CPUModelRunner):
     def _sample(
         self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None
     ) -> SamplerOutput:
-        if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
-            # Nothing to verify. The rejection sampler would apply top-k to no rows, where torch's max raises:
-            # a single request with top_k ended the engine (vLLM 0.32, any method of speculation).
-            spec_decode_metadata = None
+        with compat.logprobs_of_chosen_tokens(self.sampler, self.input_batch):
+            return self._verify_or_sample(logits, spec_decode_metadata)
+
+    def _verify_or_sample(
+        self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None
+    ) -> SamplerOutput:
         if self.input_batch.sampling_metadata.all_greedy:
-            return super()._sample(logits, spec_decode_metadata)
+            return self._apply_sampler(logits, spec_decode_metadata)
         places = self._places(spec_decode_metadata)
         if self._is_coupled:
             sampling = coupled_sampling(self.sampler, places)
         else:
             sampling = ratio_sampling(self.sampler, places, self._laws(places.num_drafts.tolist()))
         with sampling:
+            return self._apply_sampler(logits, spec_decode_metadata)
+
+    def _apply_sampler(
+        self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None
+    ) -> SamplerOutput:
+        if spec_decode_metadata is None or any(spec_decode_metadata.num_draft_tokens):
             return super()._sample(logits, spec_decode_metadata)
+        # Nothing to verify. The rejection sampler would apply top-k to no rows, where torch's max raises: a
+        # single request with top_k ended the engine (vLLM 0.32, any method of speculation). What it would do
+        # else is this: each row is its request's bonus row, which is how state that vLLM keeps for
+        # speculation (thinking budgets) finds a request's row.
+        return self.sampler(logits, self.input_batch.sampling_metadata, predict_bonus_token=True)
 
     def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
         # vLLM rewinds a request's generator after a part of its prompt, which the CPU kind cannot: a seeded
