@@ -171,8 +171,8 @@ def mend_min_tokens_of_bonus() -> None:
 def mend_thinking_budgets() -> None:
     """Force the end of thinking where it is due without speculation, whatever the drafts are (V1 runner).
 
-    Failure: where there are drafts, `ThinkingBudgetStateHolder` works out from their number what to force, and
-    does not go back when they are rejected: an end mark of several tokens comes late or stays unfinished
+    Failure: where there are drafts, `ThinkingBudgetStateHolder` works out from their number what to force,
+    and does not go back when they are rejected: an end mark of several tokens comes late or stays unfinished
     (stock draft_model too). Here its own state goes on token by token, as without speculation, and on trial
     for each draft. Goes when upstream does that; its V2 runner has no such state.
     """

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_world_group
@@ -63,18 +64,26 @@ class SSDModelRunner(CPUModelRunner):
 
     def time_step(self, num_tokens: int) -> None:
         """One forward over so many tokens that belong to nobody and their logits, to be timed."""
-        hidden, _ = self._dummy_run(num_tokens, force_attention=True)
-        self.model.compute_logits(hidden)
+        hidden, _ = self._dummy_run(num_tokens, force_attention=True, remove_lora=False)
+        each_samples = np.ones(len(hidden), dtype=np.int32)  # as where all but one of a row are drafts
+        with self.maybe_select_dummy_loras(self.lora_config, each_samples, num_sampled_tokens=each_samples):
+            self.model.compute_logits(hidden)
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Callable[..., Any] | None:
+        cached = scheduler_output.scheduled_cached_reqs
+        cut_back = [  # a failed transfer of KV made vLLM drop tokens that it had sampled
+            request_id
+            for request_id, num_tokens in zip(cached.req_ids, cached.num_output_tokens, strict=True)
+            if num_tokens < len(self.requests[request_id].output_token_ids)
+        ]
         corrections = super()._update_states(scheduler_output)
         for request_id in scheduler_output.preempted_req_ids or ():
             self.proposer.stop(request_id)
         for request_id in scheduler_output.finished_req_ids:
             self.proposer.stop(request_id)
             self._seeds.pop(request_id, None)
-        resumed = scheduler_output.scheduled_cached_reqs.resumed_req_ids
-        for request_id in [*(new.req_id for new in scheduler_output.scheduled_new_reqs), *resumed]:
+        new = [request.req_id for request in scheduler_output.scheduled_new_reqs]
+        for request_id in dict.fromkeys([*new, *cached.resumed_req_ids, *cut_back]):
             self.proposer.stop(request_id)  # a streaming request comes again with more prompt
             seed = self._seed(request_id)  # drawn on all ranks, in the same order
             if self.requests[request_id].prompt_token_ids is not None:  # not given as embeddings

@@ -71,17 +71,9 @@ def batch(name: str) -> list[tuple[list[int], Any]]:
     """The request between two that ask for little; all of them think."""
     rng = random.Random(name)
     prompts = [[rng.randrange(2, 512) for _ in range(rng.randint(1, 40))] for _ in range(3)]
-    begin = models_token(THINK)
-    return [
-        (prompt + [begin], params(of))
-        for prompt, of in zip(prompts, ("nothing", name, "little"), strict=True)
-    ]
-
-
-def models_token(symbol: str) -> int:
-    from models import NUM_SPECIAL, SYMBOLS
-
-    return NUM_SPECIAL + SYMBOLS.index(symbol)
+    begin = NUM_SPECIAL + SYMBOLS.index(THINK)
+    asked = ("nothing", name, "little")
+    return [([*prompt, begin], params(of)) for prompt, of in zip(prompts, asked, strict=True)]
 
 
 def options() -> dict[str, Any]:
