@@ -53,6 +53,8 @@ def _first_difference(found: Any, wanted: Any) -> str:
             if one is not other:
                 return f"{one} instead of {other} at {place}"
             continue
+        # Tokens that cannot be are equally unlikely: any of them may fill up the likeliest.
+        one, other = ({t: v for t, v in some.items() if v.logprob > -math.inf} for some in (one, other))
         if one.keys() != other.keys():
             return f"of {sorted(one)} instead of {sorted(other)} at {place}"
         for token, value in one.items():

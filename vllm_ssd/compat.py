@@ -169,19 +169,29 @@ def mend_min_tokens_of_bonus() -> None:
 
 
 def mend_thinking_budgets() -> None:
-    """Force the end of thinking where it is due without speculation, whatever the drafts are (V1 runner).
+    """Force the end of thinking where it is due without speculation, and on nobody else (V1 runner).
 
-    Failure: where there are drafts, `ThinkingBudgetStateHolder` works out from their number what to force,
+    Failure 1: a request that moves to the place of one that has finished, as batches are condensed, takes
+    over its state: another user's text gets an end mark in it, even without speculation.
+    Failure 2: where there are drafts, `ThinkingBudgetStateHolder` works out from their number what to force,
     and does not go back when they are rejected: an end mark of several tokens comes late or stays unfinished
     (stock draft_model too). Here its own state goes on token by token, as without speculation, and on trial
     for each draft. Goes when upstream does that; its V2 runner has no such state.
     """
+    from vllm.v1.sample.logits_processor.interface import MoveDirectionality
     from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
 
+    stock_sync = ThinkingBudgetStateHolder.sync_batch
     stock_update = ThinkingBudgetStateHolder.update_state
     stock_apply = ThinkingBudgetStateHolder.apply_to_logits
     if hasattr(stock_update, _MARK):
         return
+
+    def sync_batch(self: Any, batch_update: Any) -> None:
+        for _, place, direction in batch_update.moved if batch_update else ():
+            if direction == MoveDirectionality.UNIDIRECTIONAL:  # its last owner has gone
+                self._state.pop(place, None)
+        stock_sync(self, batch_update)
 
     def forced_next(holder: Any, state: dict[str, Any], output: list[int]) -> int | None:
         """The token that must follow this output, if any must; outputs come in order, each once."""
@@ -230,6 +240,7 @@ def mend_thinking_budgets() -> None:
         return logits
 
     setattr(update_state, _MARK, True)
+    ThinkingBudgetStateHolder.sync_batch = sync_batch
     ThinkingBudgetStateHolder.update_state = update_state
     ThinkingBudgetStateHolder.apply_to_logits = apply_to_logits
 

@@ -23,6 +23,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "thinking budget 0": {"thinking_token_budget": 0},
     "thinking budget 3": {"thinking_token_budget": 3},
     "thinking budget 6": {"thinking_token_budget": 6},
+    "thinking budget, ends first": {"thinking_token_budget": 8, "max_tokens": 5},
     "regex": {"structured_outputs": {"regex": "[a-d]{3}(x|yz)*!"}},
     "choice": {"structured_outputs": {"choice": ["yes", "no, never"]}},
     "JSON": {"structured_outputs": {"json": {"type": "object", "properties": {"a": {"type": "integer"}}}}},
@@ -68,11 +69,11 @@ def params(name: str) -> Any:
 
 
 def batch(name: str) -> list[tuple[list[int], Any]]:
-    """The request between two that ask for little; all of them think."""
+    """The request among three that ask for little; all of them think."""
     rng = random.Random(name)
-    prompts = [[rng.randrange(2, 512) for _ in range(rng.randint(1, 40))] for _ in range(3)]
+    prompts = [[rng.randrange(2, 512) for _ in range(rng.randint(1, 40))] for _ in range(4)]
     begin = NUM_SPECIAL + SYMBOLS.index(THINK)
-    asked = ("nothing", name, "little")
+    asked = ("nothing", name, "regex", "little")
     return [([*prompt, begin], params(of)) for prompt, of in zip(prompts, asked, strict=True)]
 
 
@@ -91,10 +92,10 @@ def expected(engines: Engines, pair: tuple[Path, Path]) -> Answers:
     """Without speculation; of sampled requests, which have other noise there, with SSD and without drafts."""
     llm = engines.get(pair[0], **options())
     asked = {name: batch(name) for name in FEATURES}
-    neighbours = iter(ask(llm, [request for first, _, last in asked.values() for request in (first, last)]))
-    # Alone: even without speculation `logprob_token_ids` changes what others get.
+    # Apart: even without speculation `logprob_token_ids` changes what others get.
+    neighbours = iter(ask(llm, [one for first, _, *last in asked.values() for one in (first, *last)]))
     answers = {
-        name: [next(neighbours), ask(llm, requests[1:2])[0], next(neighbours)]
+        name: [next(neighbours), ask(llm, requests[1:2])[0], next(neighbours), next(neighbours)]
         for name, requests in asked.items()
     }
     llm = engines.get(pair[0], ssd(pair[1], K), **options())
@@ -119,7 +120,7 @@ def test_a_request_changes_its_own_answer_alone(
     oracle.mode, oracle.sequences = mode, sequences(expected[name])
     llm.collective_rpc("ssd_plan", args=(0 if mode == "none" else K,))
     requests = batch(name)
-    together, alone = ask(llm, requests), [ask(llm, [request])[0] for request in requests[:2]]
-    for output, wanted in zip(together + alone, expected[name] + expected[name][:2], strict=True):
+    outputs = ask(llm, requests) + ask(llm, requests[1:2])
+    for output, wanted in zip(outputs, expected[name] + expected[name][1:2], strict=True):
         assert not difference(output, wanted)
     assert stats(llm)["draft_restarts"] == 0
