@@ -45,11 +45,12 @@ def with_oracle(worker: Any) -> Oracle:
     """Let the worker's proposer miss every outcome and ask an oracle; the draft process goes on beside it."""
     runner = worker.model_runner
     oracle = Oracle(runner, runner.input_batch.vocab_size)
-    runner.proposer._fallback = oracle
-    runner.proposer._look_up = lambda outcomes, num_drafts: [None] * len(outcomes) if num_drafts else None
+    proposer = runner.proposer.proposer  # within its guard
+    proposer._fallback = oracle
+    proposer._look_up = lambda outcomes, num_drafts: [None] * len(outcomes) if num_drafts else None
     return oracle
 
 
 def without_oracle(worker: Any) -> None:
     """Look outcomes up again; the oracle stays for those that miss."""
-    del worker.model_runner.proposer._look_up
+    del worker.model_runner.proposer.proposer._look_up

@@ -28,8 +28,6 @@ NUM_BATCHES = 5000 if FULL else 300
 VOCAB, K, MAX_MODEL_LEN = 512, 4, 256
 LIKELY_MOST = 12  # output tokens
 THINK, END = "(", ")!"
-# Left out until the draft is told what the target uses (issue 26, fault 3): these end it.
-HUGE_TOP_K: list[int] = []  # 2**31, 2**32 - 1, 2**63
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 GRAMMARS: list[dict[str, Any]] = [
@@ -103,7 +101,7 @@ def drawn_requests(draw: st.DrawFn) -> Request:
         options["temperature"] = draw(st.one_of(st.floats(0, 2), st.sampled_from([1e-9, 0.001, 1.0])))
         maybe("seed", st.integers(-(2**63), 2**64 - 1).filter(lambda seed: seed != -1), 1)
         maybe("top_p", st.floats(1e-9, 1))
-        top_ks = [-1, 0, 1, 2, 7, VOCAB - 1, VOCAB, VOCAB + 1, 2**31 - 1, *HUGE_TOP_K]
+        top_ks = [-1, 0, 1, 2, 7, VOCAB - 1, VOCAB, VOCAB + 1, 2**31, 2**63, 2**70]
         maybe("top_k", st.sampled_from(top_ks))
         maybe("n", st.integers(1, 3) if options["temperature"] else st.just(1), 6)
     most = options["max_tokens"] or 1
@@ -250,5 +248,5 @@ def test_answers_are_the_same(
     print(len(drawn), "batches", sum(len(batch.requests) for batch in drawn), "requests", counted)
     assert not faults
     assert metric(llm, "vllm:spec_decode_num_accepted_tokens") > 1000
-    assert counted["draft_restarts"] == 0
+    assert counted["draft_restarts"] == counted["failures"] == 0
     assert counted["draft"]["state"] == "ready"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from vllm_ssd.proposer import GREEDY
 from vllm_ssd.runner_v1 import SSDModelRunner
 
 
@@ -18,8 +19,8 @@ class Recorder:
     def __init__(self) -> None:
         self.told: list[tuple[Any, ...]] = []
 
-    def start(self, request_id: str, tokens: list[int], sampling: Any) -> None:
-        self.told.append(("start", request_id, tokens))
+    def start(self, request_id: str, describe: Callable[[], tuple[list[int], Any]]) -> None:
+        self.told.append(("start", request_id, describe()[0]))
 
     def stop(self, request_id: str) -> None:
         self.told.append(("stop", request_id))
@@ -40,7 +41,8 @@ def test_a_request_whose_tokens_vllm_drops_is_introduced_again(monkeypatch: pyte
         name: SimpleNamespace(prompt_token_ids=[7], output_token_ids=output, sampling_params=None)
         for name, output in (("cut", [1, 2, 3]), ("whole", [4, 5]))
     }
-    assert runner._sampling("cut") == GREEDY
+    runner._seeds, runner._new_seeds = {}, torch.Generator()
+    runner.input_batch = SimpleNamespace(vocab_size=512)
     cached = SimpleNamespace(
         req_ids=list(counts), num_output_tokens=list(counts.values()), resumed_req_ids=set()
     )
