@@ -22,7 +22,7 @@ def register() -> None:
     try:
         compat.allow_async_scheduling()
         if os.environ.get(compat.PATCH_ALL) == "1":
-            compat.mend_all_rejection_samplers()
+            compat.mend_all_engines()
         compat.add_metrics()
         compat.add_method_ssd()
     except (AttributeError, ImportError) as error:  # vLLM lets it end every engine, also those without SSD

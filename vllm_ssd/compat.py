@@ -10,6 +10,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -150,11 +151,26 @@ def mend_rejection_sampler(sampler: Any) -> None:
     sampler.forward = MethodType(_mended_forward(), sampler)
 
 
-def mend_all_rejection_samplers() -> None:
-    """The same for all engines, where `PATCH_ALL` asks for it: baselines of SSD are to be right as well."""
+def mend_all_engines() -> None:
+    """Mend engines without SSD too, where `PATCH_ALL` asks for it: baselines of SSD are to be right too."""
     from vllm.v1.sample.rejection_sampler import RejectionSampler
+    from vllm.v1.worker import gpu_input_batch
 
     RejectionSampler.forward = _mended_forward()
+    stock = gpu_input_batch.maybe_create_thinking_budget_state_holder
+    if hasattr(stock, _MARK):
+        return
+
+    def create(*args: Any, **kwargs: Any) -> Any:
+        from vllm_ssd.thinking_budget import ThinkingBudgets
+
+        holder = stock(*args, **kwargs)
+        if holder is not None:
+            holder.__class__ = ThinkingBudgets
+        return holder
+
+    setattr(create, _MARK, True)
+    gpu_input_batch.maybe_create_thinking_budget_state_holder = create
 
 
 def _mended_forward() -> Callable[..., Any]:
@@ -269,6 +285,63 @@ def mend_kernel_scan() -> None:
             return False
 
     module.hasattr = has_attribute  # found before the builtin
+
+
+def mend_thinking_budgets(input_batch: Any) -> None:
+    """Force the end of thinking where it is due without speculation, and on nobody else (V1 runner).
+
+    Failures and repair: `vllm_ssd.thinking_budget`. Goes with that module.
+
+    Args:
+        input_batch: the runner's, which it may make anew.
+    """
+    holder = input_batch.thinking_budget_state_holder
+    if holder is not None:
+        from vllm_ssd.thinking_budget import ThinkingBudgets
+
+        holder.__class__ = ThinkingBudgets
+
+
+@contextmanager
+def logprobs_of_chosen_tokens(sampler: Any, input_batch: Any) -> Iterator[None]:
+    """Give each row of a step the log-probabilities that it asked for (V1 runner).
+
+    Why: where one request names the tokens (`logprob_token_ids`), vLLM's sampler gives all rows those, so
+    that others lack what they asked for, even without speculation. With drafts the request lacks most of its
+    own, and if another one asks for the likeliest, the rejection sampler raises and the engine ends (any
+    method of speculation). Goes with the V1 runner; its successor knows whose tokens they are.
+
+    Args:
+        sampler: the runner's `Sampler`, which the rejection sampler uses too.
+        input_batch: the runner's; of the one step that is sampled meanwhile.
+    """
+    metadata, gather_likeliest = input_batch.sampling_metadata, sampler.gather_logprobs
+    chosen = metadata.logprob_token_ids
+    if not chosen:
+        yield
+        return
+
+    def gather(logprobs: torch.Tensor, num_logprobs: int, token_ids: torch.Tensor) -> Any:
+        """Of [B * places, V], each row's places one after the other."""
+        found = gather_likeliest(logprobs, num_logprobs, token_ids)
+        places = len(logprobs) // input_batch.num_reqs
+        more = max(0, *(len(tokens) - num_logprobs for tokens in chosen.values()))
+        tokens = torch.nn.functional.pad(found.logprob_token_ids, (0, more))
+        values = torch.nn.functional.pad(found.logprobs, (0, more), value=-float("inf"))
+        for row, asked in chosen.items():
+            part, columns = slice(row * places, (row + 1) * places), slice(1, len(asked) + 1)
+            tokens[part, columns] = torch.tensor(asked, dtype=tokens.dtype, device=tokens.device)
+            values[part, columns] = logprobs[part, asked]
+        return found._replace(logprob_token_ids=tokens, logprobs=values)
+
+    likeliest = metadata.max_num_logprobs or 0
+    input_batch.sampling_metadata = replace(metadata, logprob_token_ids=None, max_num_logprobs=likeliest)
+    sampler.gather_logprobs = gather
+    try:
+        yield
+    finally:
+        del sampler.gather_logprobs
+        input_batch.sampling_metadata = metadata
 
 
 def add_metrics() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_world_group
@@ -63,18 +64,27 @@ class SSDModelRunner(CPUModelRunner):
 
     def time_step(self, num_tokens: int) -> None:
         """One forward over so many tokens that belong to nobody and their logits, to be timed."""
-        hidden, _ = self._dummy_run(num_tokens, force_attention=True)
-        self.model.compute_logits(hidden)
+        hidden, _ = self._dummy_run(num_tokens, force_attention=True, remove_lora=False)
+        each_samples = np.ones(len(hidden), dtype=np.int32)  # as where all but one of a row are drafts
+        with self.maybe_select_dummy_loras(self.lora_config, each_samples, num_sampled_tokens=each_samples):
+            self.model.compute_logits(hidden)
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Callable[..., Any] | None:
+        compat.mend_thinking_budgets(self.input_batch)
+        cached = scheduler_output.scheduled_cached_reqs
+        cut_back = [  # a failed transfer of KV made vLLM drop tokens that it had sampled
+            request_id
+            for request_id, num_tokens in zip(cached.req_ids, cached.num_output_tokens, strict=True)
+            if num_tokens < len(self.requests[request_id].output_token_ids)
+        ]
         corrections = super()._update_states(scheduler_output)
         for request_id in scheduler_output.preempted_req_ids or ():
             self.proposer.stop(request_id)
         for request_id in scheduler_output.finished_req_ids:
             self.proposer.stop(request_id)
             self._seeds.pop(request_id, None)
-        resumed = scheduler_output.scheduled_cached_reqs.resumed_req_ids
-        for request_id in [*(new.req_id for new in scheduler_output.scheduled_new_reqs), *resumed]:
+        new = [request.req_id for request in scheduler_output.scheduled_new_reqs]
+        for request_id in dict.fromkeys([*new, *cached.resumed_req_ids, *cut_back]):
             self.proposer.stop(request_id)  # a streaming request comes again with more prompt
             seed = self._seed(request_id)  # drawn on all ranks, in the same order
             if self.requests[request_id].prompt_token_ids is not None:  # not given as embeddings
@@ -99,19 +109,32 @@ class SSDModelRunner(CPUModelRunner):
     def _sample(
         self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None
     ) -> SamplerOutput:
-        if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
-            # Nothing to verify. The rejection sampler would apply top-k to no rows, where torch's max raises:
-            # a single request with top_k ended the engine (vLLM 0.32, any method of speculation).
-            spec_decode_metadata = None
+        with compat.logprobs_of_chosen_tokens(self.sampler, self.input_batch):
+            return self._verify_or_sample(logits, spec_decode_metadata)
+
+    def _verify_or_sample(
+        self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None
+    ) -> SamplerOutput:
         if self.input_batch.sampling_metadata.all_greedy:
-            return super()._sample(logits, spec_decode_metadata)
+            return self._apply_sampler(logits, spec_decode_metadata)
         places = self._places(spec_decode_metadata)
         if self._is_coupled:
             sampling = coupled_sampling(self.sampler, places)
         else:
             sampling = ratio_sampling(self.sampler, places, self._laws(places.num_drafts.tolist()))
         with sampling:
+            return self._apply_sampler(logits, spec_decode_metadata)
+
+    def _apply_sampler(
+        self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None
+    ) -> SamplerOutput:
+        if spec_decode_metadata is None or any(spec_decode_metadata.num_draft_tokens):
             return super()._sample(logits, spec_decode_metadata)
+        # Nothing to verify. The rejection sampler would apply top-k to no rows, where torch's max raises: a
+        # single request with top_k ended the engine (vLLM 0.32, any method of speculation). What it would do
+        # else is this: each row is its request's bonus row, which is how state that vLLM keeps for
+        # speculation (thinking budgets) finds a request's row.
+        return self.sampler(logits, self.input_batch.sampling_metadata, predict_bonus_token=True)
 
     def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
         # vLLM rewinds a request's generator after a part of its prompt, which the CPU kind cannot: a seeded

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
@@ -336,7 +337,11 @@ class SSDModelRunnerV2(GPUModelRunner):
         """One step over so many tokens that belong to nobody, to be timed: forward and logits."""
         _, hidden_states = self._dummy_run(num_tokens)
         if self.is_last_pp_rank:
-            self.model.compute_logits(hidden_states)
+            each_samples = np.ones(len(hidden_states), dtype=np.int32)  # as where all but one are drafts
+            with self.maybe_select_dummy_loras(
+                self.lora_config, each_samples, num_sampled_tokens=each_samples
+            ):
+                self.model.compute_logits(hidden_states)
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
 

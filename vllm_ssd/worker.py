@@ -87,6 +87,7 @@ class DraftHost:
             batch = min(8, scheduler.max_num_seqs)
             most_tokens = min((ssd.num_speculative_tokens + 1) * batch, scheduler.max_num_batched_tokens)
             times = measure_line(self.model_runner.time_step, 1, most_tokens)  # on all ranks at once
+            self.model_runner.maybe_remove_all_loras(self.model_runner.lora_config)
             if self._draft is not None:
                 # Each stage of a pipeline steps by itself here; a round passes through all of them.
                 stages = self.vllm_config.parallel_config.pipeline_parallel_size
