@@ -67,8 +67,9 @@ SSD_OPTIONS = {
     "ssd_branch_budget": 4,
     "ssd_max_rows": 4 * MAX_NUM_SEQS,  # other requests' branches cost the streams none
     "ssd_draft_memory": 0.25,
-    # So that hits depend on what is foreseen, and not on how busy the machine is:
+    # So that hits and stalls depend on what is predicted and done, and not on how busy the machine is:
     "ssd_wait_ms": 200,
+    "ssd_stall_timeout": 10,
     "ssd_prefill_chunk": 64,
 }
 # Counters that must not move: the last two count exceptions that were contained.
