@@ -111,7 +111,7 @@ def drawn_requests(draw: st.DrawFn) -> Request:
     maybe("stop_token_ids", st.lists(tokens, max_size=100), 6)
     maybe("ignore_eos", st.booleans(), 3)
     maybe("min_tokens", st.integers(0, most))
-    maybe("bad_words", st.lists(words, max_size=4), 6)
+    maybe("bad_words", st.lists(words.filter(str.strip), max_size=4), 6)
     maybe("allowed_token_ids", st.lists(st.one_of(tokens, st.just(EOS)), min_size=1, max_size=50), 8)
     few = length <= 16
     maybe("logprobs", st.sampled_from([0, 1, 5, 20, -1] if few else [0, 1, 5, 20]), 5)
