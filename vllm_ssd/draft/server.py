@@ -12,7 +12,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from typing import Any, Protocol
 
 import numpy as np
@@ -180,13 +179,7 @@ class DraftServer:
     def _drop(self, slot: int) -> None:
         """Forget a request for whom something failed: the target decodes it without drafts."""
         self._counters.add("dropped")
-        self._starved.clear()
-        self._evicted.discard(slot)
-        request = self._requests.pop(slot, None)
-        with suppress(Exception):  # its bookkeeping may be what failed
-            self._cache.close_branches(slot)
-            if request is not None:
-                request.release()
+        self._stop(slot)
 
     def step(self) -> bool:
         """Fork what can be forked, run one forward, publish its tokens; False if there was nothing to do.
@@ -251,10 +244,15 @@ class DraftServer:
         )
 
     def _stop(self, slot: int) -> None:
-        self._cache.close_branches(slot)
-        self._requests.pop(slot).release()
         self._starved.clear()
         self._evicted.discard(slot)
+        request = self._requests.pop(slot, None)
+        try:
+            self._cache.close_branches(slot)
+            if request is not None:
+                request.release()
+        except Exception:  # whatever has come of its bookkeeping, it is gone
+            self._failures.note()
 
     def _await_drafts(self, missed: MissedRow) -> None:
         k, token = len(missed.tokens) - 1, missed.tokens[-1]
