@@ -40,7 +40,9 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["vllm_ssd", "vllm_ssd.draft", "vllm_ssd.kernels"],
+    packages=[
+        f"vllm_ssd{part}" for part in ("", ".draft", ".link", ".plan", ".target", ".verify", ".kernels")
+    ],
     # The Triton kernels have a folder of their own beside the package; users import them as vllm_ssd.kernels.
     package_dir={"vllm_ssd.kernels": "kernels"},
     package_data={"vllm_ssd": ["py.typed"]},

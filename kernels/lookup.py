@@ -1,7 +1,7 @@
 """Outcome look-up on the device: the drafts of a whole batch in one launch, without a word from the host.
 
-The table is that of `vllm_ssd.outcome.OutcomeCache`, in memory that the device can read. The outcome of a row
-is where vLLM's V2 runner leaves it: the number of new tokens, and the last of them.
+The table is that of `vllm_ssd.link.outcome_cache.OutcomeCache`, in memory that the device can read. The
+outcome of a row is where vLLM's V2 runner leaves it: the number of new tokens, and the last of them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_ssd.outcome import ACCEPTED, DEPTH, EPOCH, FIRST_DRAFT, ROUND, TOKEN
+from vllm_ssd.link.outcome_cache import ACCEPTED, DEPTH, EPOCH, FIRST_DRAFT, ROUND, TOKEN
 
 _EPOCH, _ROUND, _TOKEN = tl.constexpr(EPOCH), tl.constexpr(ROUND), tl.constexpr(TOKEN)
 _ACCEPTED = tl.constexpr(ACCEPTED)

@@ -1,7 +1,7 @@
 """Keyed sampling of draft rows: temperature and keyed Gumbel noise over whole rows of logits, in one pass.
 
-The noise is that of `vllm_ssd.noise.gumbel`, which as plain PyTorch takes some sixty operations. What the
-draft needs of the result are the first few: `topk` of it are the likeliest outcomes of a coupled row, its
+The noise is that of `vllm_ssd.verify.noise.gumbel`, which as plain PyTorch takes some sixty operations. What
+the draft needs of the result are the first few: `topk` of it are the likeliest outcomes of a coupled row, its
 argmax is a sample of the law.
 """
 
@@ -74,7 +74,7 @@ def _perturb_kernel(
     tl.store(perturbed_ptr + row * perturbed_stride + tokens, logits, mask=there)
 
 
-# MurmurHash3, as in vllm_ssd.murmur; the constants are the algorithm's.
+# MurmurHash3, as in vllm_ssd.verify.murmur; the constants are the algorithm's.
 @triton.jit
 def _absorb(state, key):
     key = key * tl.full([], 0xCC9E2D51, tl.uint32)
@@ -117,7 +117,7 @@ def perturb_reference(logits: Tensor, temperatures: Tensor, seeds: Tensor, posit
 
 
 def gumbel_reference(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """`vllm_ssd.noise.gumbel` in plain PyTorch, on any device."""
+    """`vllm_ssd.verify.noise.gumbel` in plain PyTorch, on any device."""
     state = torch.zeros_like(seeds)
     for key in (seeds, seeds >> 32, positions):
         state = _absorbed(state, key & _MASK)

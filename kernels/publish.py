@@ -1,7 +1,8 @@
 """The draft's half of the outcome cache on the device: a step publishes what it yields, without the host.
 
-The table is that of `vllm_ssd.outcome.OutcomeCache`, in memory that the draft's device can write. Another
-device may be reading it: what makes an entry match, and what says how many drafts it has, is written last.
+The table is that of `vllm_ssd.link.outcome_cache.OutcomeCache`, in memory that the draft's device can write.
+Another device may be reading it: what makes an entry match, and what says how many drafts it has, is written
+last.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_ssd.draft.rows import NO_ENTRY
-from vllm_ssd.outcome import DEPTH, EPOCH, FIRST_DRAFT
+from vllm_ssd.link.outcome_cache import DEPTH, EPOCH, FIRST_DRAFT
 
 _EPOCH, _DEPTH, _FIRST_DRAFT = tl.constexpr(EPOCH), tl.constexpr(DEPTH), tl.constexpr(FIRST_DRAFT)
 

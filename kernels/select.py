@@ -1,7 +1,7 @@
 """Branch selection: the outcomes of each request that are likeliest this very round, whatever their k.
 
-It is what `ssd_fanout: global` does (`vllm_ssd.fanout.global_fanout` over `draft.requests.outcomes`), for a
-whole batch and without a word from the host, once `vllm_ssd.draft.likelihood` has weighed the drafts.
+It is what `ssd_fanout: global` does (`vllm_ssd.plan.fanout.global_fanout` over `draft.requests.outcomes`),
+for a whole batch and without a word from the host, once `vllm_ssd.draft.likelihood` has weighed the drafts.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ def kernels(sizes: Sizes) -> list[dict[str, Any]]:
     from vllm_ssd.kernels.noise import perturb, perturb_reference
     from vllm_ssd.kernels.publish import publish, publish_reference
     from vllm_ssd.kernels.select import select_branches, select_branches_reference
-    from vllm_ssd.outcome import FIRST_DRAFT
+    from vllm_ssd.link.outcome_cache import FIRST_DRAFT
 
     speed = bandwidth()
     rows, branches, k = *sizes.lookup, 5
@@ -281,10 +281,10 @@ def draft_one(
     from device import DEVICE
 
     import vllm_ssd
-    from vllm_ssd.channel import Configure
     from vllm_ssd.draft.engine import DraftEngine
     from vllm_ssd.kernels.publish import publish
-    from vllm_ssd.outcome import FIRST_DRAFT
+    from vllm_ssd.link.messages import Configure
+    from vllm_ssd.link.outcome_cache import FIRST_DRAFT
 
     vllm_ssd.register()
     folder = scratch / "rendezvous"

@@ -6,7 +6,8 @@
 Times are of one step: the target's over no token and each further token, the draft's over no row and each
 further row. For each batch size the table has decoding without speculation, the best K of a draft model that
 takes turns with the target, and the best K and branch budget of SSD, with what the model of
-`vllm_ssd.speed_model` says they make of it. The plot shows tokens per second against K at the best budget.
+`vllm_ssd.plan.speed_model` says they make of it. The plot shows tokens per second against K at the best
+budget.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from vllm_ssd.speed_model import (
+from vllm_ssd.plan.speed_model import (
     PairStatistics,
     Prediction,
     StepTimes,

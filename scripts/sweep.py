@@ -40,7 +40,7 @@ from harness import (
 from rich.console import Console
 from scipy.optimize import brentq, least_squares
 
-from vllm_ssd.speed_model import PairStatistics, Prediction, StepTimes, predict_ssd
+from vllm_ssd.plan.speed_model import PairStatistics, Prediction, StepTimes, predict_ssd
 
 DRAFTS = (1, 2, 3, 4, 5, 6, 7)
 BUDGETS = (5, 8, 16, 32)

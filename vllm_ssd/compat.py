@@ -162,7 +162,7 @@ def mend_all_engines() -> None:
         return
 
     def create(*args: Any, **kwargs: Any) -> Any:
-        from vllm_ssd.thinking_budget import ThinkingBudgets
+        from vllm_ssd.target.thinking_budget import ThinkingBudgets
 
         holder = stock(*args, **kwargs)
         if holder is not None:
@@ -290,14 +290,14 @@ def mend_kernel_scan() -> None:
 def mend_thinking_budgets(input_batch: Any) -> None:
     """Force the end of thinking where it is due without speculation, and on nobody else (V1 runner).
 
-    Failures and repair: `vllm_ssd.thinking_budget`. Goes with that module.
+    Failures and repair: `vllm_ssd.target.thinking_budget`. Goes with that module.
 
     Args:
         input_batch: the runner's, which it may make anew.
     """
     holder = input_batch.thinking_budget_state_holder
     if holder is not None:
-        from vllm_ssd.thinking_budget import ThinkingBudgets
+        from vllm_ssd.target.thinking_budget import ThinkingBudgets
 
         holder.__class__ = ThinkingBudgets
 

@@ -25,8 +25,8 @@ from vllm.platforms import CpuArchEnum, current_platform
 from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_visible_memory_node
 
 from vllm_ssd import compat
-from vllm_ssd.draft_args import load_args
-from vllm_ssd.shared import NAME_BYTES, cores_of_others, name_shared_folder, remove_at_exit
+from vllm_ssd.link.memory import NAME_BYTES, cores_of_others, name_shared_folder, remove_at_exit
+from vllm_ssd.target.draft_args import load_args
 from vllm_ssd.vocabularies import warn_of_other_tokens
 
 logger = init_logger("vllm.ssd")
@@ -210,12 +210,12 @@ def create_ssd_config(engine_args: Any, target_model_config: Any, target_paralle
         worker = target_parallel_config.worker_cls
         raise ValueError(f"method 'ssd' brings its own worker; remove worker_cls={worker!r}")
     if current_platform.is_cpu():
-        target_parallel_config.worker_cls = "vllm_ssd.worker_cpu.SSDWorker"
+        target_parallel_config.worker_cls = "vllm_ssd.target.worker_cpu.SSDWorker"
         others = cores_of_others(Path(ssd.ssd_shared_dir))
         _leave_cores_to_draft(ssd.draft_cores, target_parallel_config.local_world_size, others)
         _warn_of_shared_cores(ssd.draft_cores, others)
     else:
-        target_parallel_config.worker_cls = "vllm_ssd.worker_cuda.SSDWorker"
+        target_parallel_config.worker_cls = "vllm_ssd.target.worker_cuda.SSDWorker"
     if not _on_v2_runner():
         engine_args.async_scheduling = False  # the V1 runner hands async drafters an empty list of tokens
     elif ssd.ssd_planner:

@@ -1,7 +1,7 @@
 """SSD's counters in vLLM's metrics: Prometheus and the log line.
 
-The engine's worker and the draft count in shared files (`vllm_ssd.counters`); the frontend, a process of its
-own, reads them when Prometheus scrapes and when vLLM logs.
+The engine's worker and the draft count in shared files (`vllm_ssd.link.counters`); the frontend, a process of
+its own, reads them when Prometheus scrapes and when vLLM logs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import prometheus_client
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 from vllm.logger import init_logger
 
-from vllm_ssd.counters import (
+from vllm_ssd.link.counters import (
     DRAFT_COUNTERS_FILE,
     DRAFT_FIELDS,
     TARGET_COUNTERS_FILE,

@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 from vllm_ssd.draft.rows import Place, Rows, RowSampling
 from vllm_ssd.kernels.noise import perturb_reference
 from vllm_ssd.kernels.publish import publish_reference
-from vllm_ssd.outcome import OutcomeCache
+from vllm_ssd.link.outcome_cache import OutcomeCache
 
 pytestmark = pytest.mark.timeout(240)
 

@@ -1,4 +1,4 @@
-"""Sampled output has exactly the target's law, which tests/laws.py computes by enumeration."""
+"""Sampled output has exactly the target's law, which tests/support/laws.py computes by enumeration."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from engines import Engines, give_draft_time, in_worker, ssd, stats
 from laws import CERTAIN, FULL, Law, assert_exact, assert_rejected, p_of_all_tokens, p_of_first_tokens, sample
 from transformers import LlamaForCausalLM
 
-from vllm_ssd import fallback, ratio
-from vllm_ssd.draft_laws import PointMass
-from vllm_ssd.proposer import Proposer
+from vllm_ssd.link.draft_probs import PointMass
+from vllm_ssd.target import backup as fallback
+from vllm_ssd.target.proposer import Proposer
+from vllm_ssd.verify import ratio
 
 pytestmark = pytest.mark.timeout(1200 if FULL else 240)
 
@@ -186,7 +187,7 @@ def test_drafts_that_a_grammar_lets_through_no_longer_have_the_law_q(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """So that they must count as point masses."""
-    from vllm_ssd.runner_v1 import SSDModelRunner
+    from vllm_ssd.target.runner_v1 import SSDModelRunner
 
     llm = engine(engines, small_vocabulary_pair, ssd_verify="ratio")
     in_worker(llm, give_draft_time)

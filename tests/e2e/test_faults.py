@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 from engines import Engines, generate, greedy_params, is_running, metric, ssd, stats
 
-from vllm_ssd import supervisor
-from vllm_ssd.channel import Sampling
-from vllm_ssd.counters import Counters
-from vllm_ssd.launch import DraftProcess
-from vllm_ssd.outcome import OutcomeCache
-from vllm_ssd.proposer import Proposer
-from vllm_ssd.supervisor import DraftSupervisor
+from vllm_ssd.link.counters import Counters
+from vllm_ssd.link.messages import Sampling
+from vllm_ssd.link.outcome_cache import OutcomeCache
+from vllm_ssd.target import supervisor
+from vllm_ssd.target.launch import DraftProcess
+from vllm_ssd.target.proposer import Proposer
+from vllm_ssd.target.supervisor import DraftSupervisor
 
 pytestmark = pytest.mark.timeout(280)
 
@@ -149,7 +149,7 @@ def test_killed(serving: Serving, log: Messages) -> None:
 
 def test_the_shared_folder_is_removed(serving: Serving, log: Messages) -> None:
     """As systemd does when its user logs out: counters, metrics and the next draft do not miss it."""
-    from vllm_ssd.shared import LOCK_FILE
+    from vllm_ssd.link.memory import LOCK_FILE
 
     folder = Path(serving.llm.llm_engine.vllm_config.speculative_config.ssd_shared_dir)
     shutil.rmtree(folder)
@@ -273,10 +273,11 @@ PARENT = """
 import sys, time
 from pathlib import Path
 import msgspec
-from vllm_ssd.channel import Channel, Configure, Failed, Ready
-from vllm_ssd.counters import DRAFT_COUNTERS_FILE, DRAFT_FIELDS, Counters
-from vllm_ssd.launch import DraftProcess
-from vllm_ssd.outcome import OutcomeCache
+from vllm_ssd.link.messages import Configure, Failed, Ready
+from vllm_ssd.link.transport import Channel
+from vllm_ssd.link.counters import DRAFT_COUNTERS_FILE, DRAFT_FIELDS, Counters
+from vllm_ssd.target.launch import DraftProcess
+from vllm_ssd.link.outcome_cache import OutcomeCache
 asked = msgspec.json.decode(sys.stdin.readline(), type=Configure)
 folder = Path(asked.shared_dir)
 Counters(folder / DRAFT_COUNTERS_FILE, DRAFT_FIELDS, create=True)

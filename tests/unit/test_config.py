@@ -44,7 +44,7 @@ def test_only_model_and_number_are_needed(pair: Pair) -> None:
     assert isinstance(ssd, SSDSpeculativeConfig)
     assert ssd.method == "ssd"
     assert ssd.num_speculative_tokens == 4
-    assert config.parallel_config.worker_cls == "vllm_ssd.worker_cpu.SSDWorker"
+    assert config.parallel_config.worker_cls == "vllm_ssd.target.worker_cpu.SSDWorker"
     assert not config.scheduler_config.async_scheduling
     assert ssd.draft_model_config.model == str(pair[1])
     assert ssd.draft_model_config.get_vocab_size() == 512
@@ -99,7 +99,7 @@ def test_other_methods_are_vllms_own(pair: Pair) -> None:
         args = EngineArgs(model=str(pair[0]), speculative_config=options, max_model_len=256)
         config = args.create_engine_config()
         assert not isinstance(config.speculative_config, SSDSpeculativeConfig)
-        assert config.parallel_config.worker_cls != "vllm_ssd.worker_cpu.SSDWorker"
+        assert config.parallel_config.worker_cls != "vllm_ssd.target.worker_cpu.SSDWorker"
 
 
 REFUSED: list[Any] = [
@@ -226,7 +226,7 @@ def test_ranks_that_schedule_by_themselves(pair: Pair) -> None:
 def test_the_draft_may_be_eager_by_itself(
     pair: Pair, target: bool, draft: bool | None, is_eager: bool
 ) -> None:
-    from vllm_ssd.worker import _configure
+    from vllm_ssd.target.worker import _configure
 
     config = create(pair, {"enforce_eager": target}, enforce_eager=draft)
     assert _configure(config.speculative_config, config).enforce_eager == is_eager
@@ -234,7 +234,7 @@ def test_the_draft_may_be_eager_by_itself(
 
 @pytest.mark.parametrize(("asked", "given"), [("auto", "float32"), ("bfloat16", "bfloat16")])
 def test_the_draft_may_have_a_type_of_its_own(pair: Pair, asked: str, given: str) -> None:
-    from vllm_ssd.worker import _configure
+    from vllm_ssd.target.worker import _configure
 
     config = create(pair, {"dtype": "float32"}, ssd_draft_dtype=asked)
     assert _configure(config.speculative_config, config).engine_args["dtype"] == given
@@ -355,7 +355,7 @@ def test_the_drafts_gpu(
     on_cuda(monkeypatch, num_devices)
     config = create(pair, ssd_draft_device=asked)
     assert config.speculative_config.draft_device == device
-    assert config.parallel_config.worker_cls == "vllm_ssd.worker_cuda.SSDWorker"
+    assert config.parallel_config.worker_cls == "vllm_ssd.target.worker_cuda.SSDWorker"
     assert len(config.speculative_config.draft_cores) == len(os.sched_getaffinity(0))
 
 

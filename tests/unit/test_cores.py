@@ -219,7 +219,7 @@ def test_engines_that_have_to_share_are_told(
 def test_engines_tell_one_another_their_cores(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through their folders; one's own is none of the others'."""
     from vllm_ssd import config
-    from vllm_ssd.shared import SharedFolder
+    from vllm_ssd.link.memory import SharedFolder
 
     stock = config.cores_of_others
     on_cores(monkeypatch, {core: core for core in range(4)})

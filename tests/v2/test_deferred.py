@@ -11,17 +11,17 @@ import torch
 from device import DEVICE
 from link import Link
 
-from vllm_ssd import deferred as deferred_module
-from vllm_ssd.channel import Outcomes, RoundOutcome, Start, Stop
-from vllm_ssd.costs import Costs
-from vllm_ssd.counters import Counters, target_fields
-from vllm_ssd.deferred import DeferredRounds
-from vllm_ssd.draft_laws import DraftLaws
-from vllm_ssd.fallback import NoFallback
-from vllm_ssd.guard import Guard
-from vllm_ssd.outcome import OutcomeCache
-from vllm_ssd.planner import FixedPlan, Plan
-from vllm_ssd.proposer import News, Proposer
+from vllm_ssd.link.counters import Counters, target_fields
+from vllm_ssd.link.draft_probs import DraftLaws
+from vllm_ssd.link.messages import Outcomes, RoundOutcome, Start, Stop
+from vllm_ssd.link.outcome_cache import OutcomeCache
+from vllm_ssd.plan.costs import Costs
+from vllm_ssd.plan.planner import FixedPlan, Plan
+from vllm_ssd.target import deferred as deferred_module
+from vllm_ssd.target.backup import NoFallback
+from vllm_ssd.target.deferred import DeferredRounds
+from vllm_ssd.target.guard import Guard
+from vllm_ssd.target.proposer import News, Proposer
 
 K, SLOTS, BUDGET, VOCAB = 3, 4, 8, 100
 

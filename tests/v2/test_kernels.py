@@ -14,7 +14,7 @@ from vllm_ssd.kernels.lookup import look_up, look_up_reference
 from vllm_ssd.kernels.noise import perturb, perturb_reference
 from vllm_ssd.kernels.publish import publish, publish_reference, replace, replace_reference
 from vllm_ssd.kernels.select import select_branches, select_branches_reference
-from vllm_ssd.outcome import ACCEPTED, DEPTH, EPOCH, FIRST_DRAFT, ROUND, TOKEN
+from vllm_ssd.link.outcome_cache import ACCEPTED, DEPTH, EPOCH, FIRST_DRAFT, ROUND, TOKEN
 
 CASES = settings(max_examples=1000)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -237,7 +237,7 @@ def test_selection_of_512_rows() -> None:
 
 def test_selection_is_that_of_the_draft() -> None:
     """The same branches as `fanout.global_fanout` gives a coupled request of `draft.requests`."""
-    from vllm_ssd.fanout import global_fanout
+    from vllm_ssd.plan.fanout import global_fanout
 
     for seed in range(50):
         tokens, log_probs, sent = selection_case(seed, 1, 5, 6)

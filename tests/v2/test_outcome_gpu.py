@@ -14,8 +14,8 @@ from toy import ToyEngine, ToyPredictions
 
 from vllm_ssd.draft.rows import RowEntries, Rows
 from vllm_ssd.kernels.publish import publish
-from vllm_ssd.outcome import FIRST_DRAFT, OutcomeCache
-from vllm_ssd.outcome_gpu import GpuOutcomeCache, allocate_table, open_table
+from vllm_ssd.link.outcome_cache import FIRST_DRAFT, OutcomeCache
+from vllm_ssd.link.outcome_cache_gpu import GpuOutcomeCache, allocate_table, open_table
 
 SHAPE = (3, 4, FIRST_DRAFT + 2)
 
@@ -72,7 +72,7 @@ import sys
 import numpy as np
 import torch
 from vllm_ssd.kernels.publish import publish
-from vllm_ssd.outcome_gpu import GpuOutcomeCache, open_table
+from vllm_ssd.link.outcome_cache_gpu import GpuOutcomeCache, open_table
 
 device = torch.device("cuda:0")
 entries = open_table(bytes.fromhex(sys.argv[1]), eval(sys.argv[2]), device)

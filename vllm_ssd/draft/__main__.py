@@ -1,8 +1,9 @@
 """python -m vllm_ssd.draft: the draft process.
 
-It reads one JSON line (`vllm_ssd.channel.Configure`) from standard input, loads its model, answers `Ready`
-or `Failed`, and serves until the target hangs up or standard input closes. Where that happens without a
-farewell (`vllm_ssd.launch`), its parent has died, in whatever way, and what the two shared is removed here.
+It reads one JSON line (`vllm_ssd.link.messages.Configure`) from standard input, loads its model, answers
+`Ready` or `Failed`, and serves until the target hangs up or standard input closes. Where that happens without
+a farewell (`vllm_ssd.target.launch`), its parent has died, in whatever way, and what the two shared is
+removed here.
 """
 
 from __future__ import annotations
@@ -20,11 +21,18 @@ from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 
-from vllm_ssd.channel import PROTOCOL_VERSION, Channel, Configure, Failed, Ready, ToDraft
+from vllm_ssd.link.messages import (
+    PROTOCOL_VERSION,
+    Configure,
+    Failed,
+    Ready,
+    ToDraft,
+)
+from vllm_ssd.link.transport import Channel
 
 if TYPE_CHECKING:
     from vllm_ssd.draft.engine import DraftEngine
-    from vllm_ssd.outcome_gpu import GpuOutcomeCache
+    from vllm_ssd.link.outcome_cache_gpu import GpuOutcomeCache
 
 CLEANING_UP_S = 1.0
 UNSUPPORTED = "UnsupportedDraft"  # of `vllm_ssd.draft.loading`, which may be what cannot be imported
@@ -73,12 +81,12 @@ def _build_server(configure: Configure, channel: Channel):  # type: ignore[no-un
     gc.disable()
     # Only now: these import torch and vLLM, which read the cores and OpenMP variables set for this process.
     from vllm_ssd import register
-    from vllm_ssd.counters import DRAFT_COUNTERS_FILE, DRAFT_FIELDS, Counters
     from vllm_ssd.draft.engine import DraftEngine
     from vllm_ssd.draft.server import DraftServer
-    from vllm_ssd.draft_laws import DraftLaws
-    from vllm_ssd.outcome import OutcomeCache
-    from vllm_ssd.speed_model import measure_line
+    from vllm_ssd.link.counters import DRAFT_COUNTERS_FILE, DRAFT_FIELDS, Counters
+    from vllm_ssd.link.draft_probs import DraftLaws
+    from vllm_ssd.link.outcome_cache import OutcomeCache
+    from vllm_ssd.plan.speed_model import measure_line
 
     gc.freeze()
     gc.enable()
@@ -121,8 +129,8 @@ def _open_gpu_cache(configure: Configure, engine: DraftEngine) -> GpuOutcomeCach
     if configure.gpu_table is None:
         return None
     from vllm_ssd.kernels.publish import publish
-    from vllm_ssd.outcome import FIRST_DRAFT
-    from vllm_ssd.outcome_gpu import GpuOutcomeCache, open_table
+    from vllm_ssd.link.outcome_cache import FIRST_DRAFT
+    from vllm_ssd.link.outcome_cache_gpu import GpuOutcomeCache, open_table
 
     shape = (configure.max_slots, configure.branch_budget, FIRST_DRAFT + configure.num_speculative_tokens)
     entries = open_table(configure.gpu_table, shape, engine.device)

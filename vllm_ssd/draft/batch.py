@@ -9,7 +9,7 @@ import numpy as np
 from vllm_ssd.draft.branches import BranchGroup
 from vllm_ssd.draft.requests import DraftRequest
 from vllm_ssd.draft.rows import NO_ENTRY, RowEntries, Rows, RowSampling
-from vllm_ssd.noise import draft_seed
+from vllm_ssd.verify.noise import draft_seed
 
 
 @dataclass

@@ -26,7 +26,6 @@ from vllm.v1.worker.gpu.attn_utils import (
     init_kv_cache,
 )
 
-from vllm_ssd.channel import Configure
 from vllm_ssd.compat import leave_process_groups
 from vllm_ssd.draft.graphs import (
     Capture,
@@ -41,6 +40,7 @@ from vllm_ssd.draft.inputs import StepInputs, inputs_of
 from vllm_ssd.draft.loading import UnsupportedDraft, engine_config, init_device, plan_kv_cache
 from vllm_ssd.draft.rows import NO_ENTRY, Candidates, Place, Rows, RowSampling
 from vllm_ssd.draft.sampling import DraftSampler, SampledRows
+from vllm_ssd.link.messages import Configure
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
@@ -81,7 +81,7 @@ class DraftEngine:
     """Owns the draft's weights and KV blocks and runs single steps.
 
     Args:
-        configure: what the target's worker asks for (model, dtype, memory, see `vllm_ssd.channel`).
+        configure: what the target's worker asks for (model, dtype, memory, see `vllm_ssd.link.messages`).
 
     Raises:
         UnsupportedDraft: if the model's layers are not all full attention: the state of a sliding-window

@@ -16,8 +16,8 @@ from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec
 from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
 from vllm.v1.worker.workspace import init_workspace_manager
 
-from vllm_ssd.channel import Configure
 from vllm_ssd.compat import kv_cache_config, supported_kv_cache_layouts
+from vllm_ssd.link.messages import Configure
 
 _RESERVED_BLOCKS = 2  # vLLM's null block, and one for what fills up a graph's batch
 

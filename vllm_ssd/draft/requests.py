@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_ssd.channel import RoundOutcome, Sampling
 from vllm_ssd.draft import likelihood
 from vllm_ssd.draft.blocks import BlockPool
 from vllm_ssd.draft.branches import BranchGroup, private_block_count
 from vllm_ssd.draft.measured import OutcomeStatistics
 from vllm_ssd.draft.rows import Candidates, Place
+from vllm_ssd.link.messages import RoundOutcome, Sampling
 
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.floating[Any]]
@@ -57,13 +57,13 @@ class DraftRequest:
     """One request of the target.
 
     Args:
-        slot, epoch: its identity, see `vllm_ssd.outcome`.
+        slot, epoch: its identity, see `vllm_ssd.link.outcome_cache`.
         tokens: its tokens so far.
         pool: where its KV blocks come from.
         num_speculative_tokens: K.
         max_model_len: the draft's; a request beyond it gets no branches.
         sampling: how the target samples it.
-        is_drawn: its drafts are drawn from the draft's law, and not foretold (see `vllm_ssd.ratio`).
+        is_drawn: its drafts are drawn from the draft's law, and not foretold (see `vllm_ssd.verify.ratio`).
     """
 
     def __init__(

@@ -17,7 +17,7 @@ NO_ENTRY = -1
 
 @dataclass(frozen=True)
 class RowSampling:
-    """How each of L wanted positions is sampled; see `vllm_ssd.channel.Sampling`."""
+    """How each of L wanted positions is sampled; see `vllm_ssd.link.messages.Sampling`."""
 
     temperatures: Float32Array  # [L], 0: greedy
     seeds: Int64Array  # [L], of the noise

@@ -12,7 +12,7 @@ from torch import Tensor
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
 from vllm_ssd.draft.rows import Float32Array, RowSampling
-from vllm_ssd.noise import RecentNoise
+from vllm_ssd.verify.noise import RecentNoise
 
 FORBIDDEN = 100.0  # nats, more than noise can make up for
 

@@ -17,8 +17,16 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from vllm_ssd.channel import (
-    Channel,
+from vllm_ssd.draft.batch import TrunkRow, build_rows
+from vllm_ssd.draft.blocks import BlockPool
+from vllm_ssd.draft.branches import BranchGroup, private_block_count
+from vllm_ssd.draft.measured import Measured, OutcomeStatistics
+from vllm_ssd.draft.requests import BlockCopies, DraftRequest
+from vllm_ssd.draft.rows import Candidates, Place, Predictions, Rows
+from vllm_ssd.failures import Failures
+from vllm_ssd.link.counters import Counters
+from vllm_ssd.link.draft_probs import DraftLaws
+from vllm_ssd.link.messages import (
     Configure,
     Missed,
     MissedRow,
@@ -29,18 +37,10 @@ from vllm_ssd.channel import (
     Stop,
     ToDraft,
 )
-from vllm_ssd.costs import RunningMean
-from vllm_ssd.counters import Counters
-from vllm_ssd.draft.batch import TrunkRow, build_rows
-from vllm_ssd.draft.blocks import BlockPool
-from vllm_ssd.draft.branches import BranchGroup, private_block_count
-from vllm_ssd.draft.measured import Measured, OutcomeStatistics
-from vllm_ssd.draft.requests import BlockCopies, DraftRequest
-from vllm_ssd.draft.rows import Candidates, Place, Predictions, Rows
-from vllm_ssd.draft_laws import DraftLaws
-from vllm_ssd.failures import Failures
-from vllm_ssd.fanout import geometric_fanout, global_fanout, listed_fanout, scale_fanout, uniform_fanout
-from vllm_ssd.outcome import Outcome
+from vllm_ssd.link.outcome_cache import Outcome
+from vllm_ssd.link.transport import Channel
+from vllm_ssd.plan.costs import RunningMean
+from vllm_ssd.plan.fanout import geometric_fanout, global_fanout, listed_fanout, scale_fanout, uniform_fanout
 
 IDLE_POLL_MS = 200
 SPIN_SECONDS = 0.02  # after work, before the draft's core may sleep: with cold caches steps are slow
@@ -72,7 +72,7 @@ class Engine(Protocol):
 
 
 class BranchTable(Protocol):
-    """What the server needs of the outcome cache (see `vllm_ssd.outcome` and `vllm_ssd.outcome_gpu`)."""
+    """What the server needs of the outcome cache (see `vllm_ssd.link.outcome_cache`, and `_gpu`)."""
 
     def open_branches(
         self, slot: int, first: int, epoch: int, round_: int, ks: Int64Array, tokens: Int64Array
@@ -93,7 +93,7 @@ class DraftServer:
         engine: the draft model.
         channel: messages from the target.
         cache: the outcome cache to publish in.
-        counters: the draft's counters (`vllm_ssd.counters.DRAFT_FIELDS`).
+        counters: the draft's counters (`vllm_ssd.link.counters.DRAFT_FIELDS`).
         laws: where to leave what drafts were drawn from; None where verification is coupled.
     """
 

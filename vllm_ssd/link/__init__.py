@@ -1,0 +1,1 @@
+"""What passes between the two halves, imported by both."""

@@ -1,0 +1,99 @@
+"""Named int64 counters in a shared file: each file has one writer, any process may read (pure)."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vllm_ssd.link.memory import map_array
+
+TARGET_COUNTERS_FILE = "target-counters"
+DRAFT_COUNTERS_FILE = "draft-counters"
+
+DRAFT_FIELDS = (
+    "messages",  # messages read since this draft process began (reset by each)
+    "steps",
+    "step_ns",
+    "recent_step_ns",  # a running mean, of steps without prompts
+    "rows",  # rows of all steps
+    "prefill_tokens",
+    "branches",  # branches opened
+    "adopted",  # branches adopted: their outcome came true
+    "starved",  # times a request got no KV blocks
+    "dropped",  # requests dropped because a step with them failed
+)
+
+
+def target_fields(num_speculative_tokens: int) -> tuple[str, ...]:
+    """Counters of the target's half; those per k run over accepted lengths 0..K."""
+    accepted_lengths = range(num_speculative_tokens + 1)
+    return (
+        "rounds",  # steps of the target, those that only prefill too
+        "lookups",  # rows looked up in the outcome cache
+        "hits",  # ... that were foreseen and had drafts
+        "late",  # ... that were foreseen but had no draft token yet
+        "undrafted",  # rows that wanted drafts of a draft that was not there, or did not know the request
+        "too_long",  # rows of requests longer than the draft's context
+        "failures",  # exceptions of SSD's own, see `vllm_ssd.target.guard`
+        "drafts_served",  # draft tokens from the outcome cache
+        "fallback_none",
+        "fallback_ngram",
+        "fallback_draft",
+        "laws_late",  # rows whose drafts were verified as point masses: their laws did not come in time
+        "wait_ns",  # time the target waited for the draft in rounds
+        "critical_path_ns",  # time the target spent on SSD in rounds, waiting included
+        "draft_restarts",
+        "draft_stalls",
+        "draft_alive",  # 1 while the draft answers
+        *(f"lookups_k{k}" for k in accepted_lengths),
+        *(f"hits_k{k}" for k in accepted_lengths),
+    )
+
+
+class Counters:
+    """A fixed list of named int64 values in one file.
+
+    Args:
+        path: the shared file.
+        fields: the names, the same in every process.
+        create: True in the process that owns the file; the others find it there.
+    """
+
+    def __init__(self, path: Path, fields: Sequence[str], *, create: bool) -> None:
+        self._values = map_array(path, np.int64, (len(fields),), create=create)
+        self._index = {name: index for index, name in enumerate(fields)}
+        self._path = path
+        self._descriptor: int | None = None
+        if create:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            weakref.finalize(self, os.close, self._descriptor)
+
+    def restore_name(self) -> None:
+        """In the process that owns the file: let others find it again, if its name has been removed.
+
+        What was mapped stays in use by all that had mapped it, so the name leads to that, and to no new file.
+
+        Raises:
+            OSError: if the folder is not there.
+        """
+        assert self._descriptor is not None
+        if not self._path.exists():
+            self._path.unlink(missing_ok=True)
+            self._path.symlink_to(f"/proc/{os.getpid()}/fd/{self._descriptor}")
+
+    def add(self, name: str, amount: int = 1) -> None:
+        self._values[self._index[name]] += amount
+
+    def set(self, name: str, value: int) -> None:
+        self._values[self._index[name]] = value
+
+    def __getitem__(self, name: str) -> int:
+        return int(self._values[self._index[name]])
+
+    def as_dict(self) -> dict[str, int]:
+        """All values by name, as one glance (not one instant) of the writer's progress."""
+        return dict(zip(self._index, self._values.tolist(), strict=True))

@@ -1,0 +1,1 @@
+"""What pays: fan-out, costs, speed model, planner (pure)."""

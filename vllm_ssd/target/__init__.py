@@ -1,0 +1,1 @@
+"""The target's half: everything that runs in vLLM's worker."""

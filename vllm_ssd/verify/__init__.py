@@ -1,0 +1,1 @@
+"""Exact verification, computed alike by both halves (pure)."""
