@@ -137,7 +137,7 @@ def finish_some_and_abort_others(llm: Any, expected: list[list[int]]) -> None:
     kept = [index for index in range(len(ids)) if index not in range(1, len(ids), 4)]
     assert [answers[f"abort-{index}"] for index in kept] == [expected[index] for index in kept]
     generate(llm, short_prompts()[:1], greedy_params(2))
-    assert in_worker(llm, lambda worker: len(worker.model_runner.proposer._live)) <= 1
+    assert in_worker(llm, lambda worker: len(worker.model_runner.proposer.proposer._live)) <= 1
 
 
 def test_identical_when_preempted(
