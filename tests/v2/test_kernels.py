@@ -13,7 +13,6 @@ from vllm_ssd.kernels.fork import ForkCopy, fork_copy_reference
 from vllm_ssd.kernels.lookup import look_up, look_up_reference
 from vllm_ssd.kernels.noise import perturb, perturb_reference
 from vllm_ssd.kernels.publish import publish, publish_reference, replace, replace_reference
-from vllm_ssd.kernels.select import select_branches, select_branches_reference
 from vllm_ssd.link.outcome_cache import ACCEPTED, DEPTH, EPOCH, FIRST_DRAFT, ROUND, TOKEN
 
 CASES = settings(max_examples=1000)
@@ -195,63 +194,3 @@ def test_fork_copy_refuses_what_it_cannot_copy() -> None:
         ForkCopy([torch.zeros(8, 4).T])
     with pytest.raises(ValueError, match="words of 8"):
         ForkCopy([torch.zeros(4, 3)])
-
-
-def selection_case(
-    seed: int, num_rows: int, num_lengths: int, num_candidates: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Candidates of each accepted length, likeliest first; some of them had been sent."""
-    rng = np.random.default_rng(seed)
-    tokens = np.argsort(rng.random((num_rows, num_lengths, 3 * num_candidates)), axis=-1)[
-        ..., :num_candidates
-    ]
-    # Sums of these are exact, in whatever order, and some are equal: then the first comes first.
-    log_probs = -np.sort(rng.integers(1, 400, tokens.shape) / 64, axis=-1)
-    sent = np.where(
-        rng.random(tokens.shape[:2]) < 0.7,
-        tokens[..., 0],
-        rng.integers(0, 3 * num_candidates, tokens.shape[:2]),
-    )
-    num_sent = rng.integers(-1, num_lengths, num_rows)  # -1: a row without candidates, padding
-    sent[np.arange(num_lengths) >= num_sent[:, None]] = -1
-    log_probs[np.arange(num_lengths) > num_sent[:, None]] = -np.inf
-    case = torch.from_numpy(tokens), torch.from_numpy(log_probs).float(), torch.from_numpy(sent)
-    return tuple(tensor.to(DEVICE) for tensor in case)  # type: ignore[return-value]
-
-
-@CASES
-@given(SEEDS, SIZES, st.integers(1, 6), st.sampled_from([1, 2, 5, 9]), st.sampled_from([1, 2, 8, 15]))
-def test_selection(seed: int, num_rows: int, num_lengths: int, num_candidates: int, budget: int) -> None:
-    case = selection_case(seed, num_rows, num_lengths, num_candidates)
-    for got, wanted in zip(
-        select_branches(*case, budget), select_branches_reference(*case, budget), strict=True
-    ):
-        assert torch.equal(got, wanted)
-
-
-def test_selection_of_512_rows() -> None:
-    case = selection_case(3, 512, 6, 8)
-    for got, wanted in zip(select_branches(*case, 15), select_branches_reference(*case, 15), strict=True):
-        assert torch.equal(got, wanted)
-
-
-def test_selection_is_that_of_the_draft() -> None:
-    """The same branches as `fanout.global_fanout` gives a coupled request of `draft.requests`."""
-    from vllm_ssd.plan.fanout import global_fanout
-
-    for seed in range(50):
-        tokens, log_probs, sent = selection_case(seed, 1, 5, 6)
-        num_sent = int((sent[0] >= 0).sum())
-        reached, outcomes = np.float32(0.0), []
-        for k in range(num_sent + 1):
-            is_sent = (tokens[0, k] == sent[0, k]).cpu().numpy()
-            values = log_probs[0, k].cpu().numpy()
-            outcomes.append((tokens[0, k].cpu().numpy()[~is_sent], values[~is_sent] + reached))
-            reached += values[is_sent][0] if is_sent.any() else values[-1]
-        if log_probs[0, 0, 0] == -np.inf:
-            continue
-        counts = global_fanout([values for _, values in outcomes], 8)
-        expected = {(k, int(t)) for k, n in enumerate(counts) for t in outcomes[k][0][:n]}
-        ks, chosen = select_branches(tokens, log_probs, sent, 8)
-        found = {(k, t) for k, t in zip(ks[0].tolist(), chosen[0].tolist(), strict=True) if k >= 0}
-        assert found == expected

@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_ssd.draft import likelihood
 from vllm_ssd.draft.blocks import BlockPool
 from vllm_ssd.draft.branches import BranchGroup, private_block_count
-from vllm_ssd.draft.measured import OutcomeStatistics
+from vllm_ssd.draft.outcomes import OutcomeStatistics, draft_log_probs, outcome_log_probs
 from vllm_ssd.draft.rows import Candidates, Place
 from vllm_ssd.link.messages import RoundOutcome, Sampling
 
@@ -219,7 +218,7 @@ class DraftRequest:
         if not num_known:
             return np.empty(0, dtype=np.float32)
         known = self._known(num_known)
-        return likelihood.of_drafts(known.log_probs, self._is_draft(known))
+        return draft_log_probs(known.log_probs, self._is_draft(known))
 
     def outcomes(self, statistics: OutcomeStatistics) -> tuple[dict[int, Candidates], FloatArray]:
         """What may end this round, likeliest first; log-probabilities are those of the whole outcome.
@@ -235,7 +234,7 @@ class DraftRequest:
         """
         known = self._known(len(self.candidates))
         is_draft, last = self._is_draft(known), len(known.tokens) - 1
-        log_probs, reached = likelihood.of_outcomes(
+        log_probs, reached = outcome_log_probs(
             known.log_probs,
             is_draft,
             statistics,

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from vllm_ssd.draft.batch import TrunkRow, build_rows
 from vllm_ssd.draft.blocks import BlockPool
 from vllm_ssd.draft.branches import BranchGroup, private_block_count
-from vllm_ssd.draft.measured import Measured, OutcomeStatistics
+from vllm_ssd.draft.outcomes import Measured, OutcomeStatistics
 from vllm_ssd.draft.requests import BlockCopies, DraftRequest
 from vllm_ssd.draft.rows import Candidates, Place, Predictions, Rows
 from vllm_ssd.failures import Failures

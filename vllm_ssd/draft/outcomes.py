@@ -1,10 +1,15 @@
-"""What the draft learns from outcomes: how often drafts are accepted, how likely it held the rest (pure).
+"""How probable each outcome of a round is: the draft's distribution, weighed by what the target did (pure).
 
-Theorem 12 asks for a, the acceptance per token, and r, the exponent of miss(F) ~ F^-r, where miss(F) is the
-share of outcomes that are not among the F likeliest candidates. `vllm_ssd.draft.likelihood` asks how often a
-draft is accepted that was held this likely, and of which rank the token is that comes instead of a rejected
-one. Rounds are kept apart by where the verified drafts came from and by temperature, which change all of
-this. Old rounds fade.
+The draft's own distribution does not say how likely its drafts are accepted: under shared noise, or when
+greedy, the target agrees far more often than it says, and drafts that are drawn are accepted by min(p, q). So
+a draft gets the share of such drafts that was accepted, and the distribution shares out the rest. A greedy
+target draws nothing: what comes instead of a rejected draft is mostly one of the next likeliest, however flat
+the distribution. There each candidate gets the measured share of its rank.
+
+`OutcomeStatistics` measures. Theorem 12 (arXiv 2603.03251) asks for a, the acceptance per token, and r, the
+exponent of miss(F) ~ F^-r, where miss(F) is the share of outcomes that are not among the F likeliest
+candidates. Rounds are kept apart by where the verified drafts came from and by temperature, which change all
+of this. Old rounds fade.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.floating[Any]]
 
 FADING = 0.995  # weight of a round, one round later: some 200 rounds count
@@ -31,6 +37,7 @@ PRIOR_CONFIDENCE = np.exp(-np.sqrt(_bounds[:-1] * _bounds[1:]))  # what the draf
 PRIOR_DRAFTS = 4  # of each confidence
 PRIOR_REJECTIONS = 4
 NOTHING_KNOWN = np.empty(0)
+MOST_CERTAIN = -1e-6  # log-probability: something is always left to share out
 
 
 class OutcomeStatistics:
@@ -134,3 +141,49 @@ class Measured:
         if kind not in self._kinds:
             self._kinds[kind] = OutcomeStatistics(self._num_ranks)
         return self._kinds[kind]
+
+
+def draft_log_probs(log_probs: FloatArray, is_draft: BoolArray) -> FloatArray:
+    """[n] log-probability of each draft; of the least likely candidate where the draft is none of them.
+
+    Args:
+        log_probs: [n, num_candidates] falling; the draft's, after each accepted length.
+        is_draft: [n, num_candidates] which of the candidates the draft is.
+    """
+    found = np.where(is_draft, log_probs, -np.inf).max(axis=1)
+    return np.where(np.isneginf(found), log_probs[:, -1], found)
+
+
+def outcome_log_probs(
+    log_probs: FloatArray,
+    is_draft: BoolArray,
+    statistics: OutcomeStatistics,
+    *,
+    is_greedy: bool,
+    last_is_drawn: bool,
+) -> tuple[FloatArray, FloatArray]:
+    """How likely the outcomes of the first n accepted lengths are.
+
+    Args:
+        log_probs, is_draft: see `draft_log_probs`.
+        statistics: of rounds like this one.
+        is_greedy: whether the target is.
+        last_is_drawn: whether what follows the last length is drawn anew, by a law like the draft's.
+
+    Returns:
+        [n, num_candidates] log-probability that the first k drafts are accepted and this token comes next;
+        [n] log-probability that the first k + 1 drafts are accepted.
+    """
+    drafts = draft_log_probs(log_probs, is_draft)
+    accepted = statistics.log_acceptance(drafts)
+    rejected = np.log(-np.expm1(accepted))
+    if is_greedy:
+        others = statistics.log_shares(np.cumsum(~is_draft, axis=1) - 1)
+    else:
+        others = log_probs - np.log(-np.expm1(np.minimum(drafts, MOST_CERTAIN)))[:, None]
+    outcomes = np.where(is_draft, accepted[:, None], rejected[:, None] + others)
+    if last_is_drawn:
+        outcomes[-1] = log_probs[-1]
+    reached = accepted.cumsum()
+    outcomes[1:] += reached[:-1, None]
+    return outcomes, reached

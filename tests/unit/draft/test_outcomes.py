@@ -1,4 +1,4 @@
-"""How likely outcomes are, by the draft's law and by what the target accepted."""
+"""How probable outcomes are, by the draft's distribution and by what the target did."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ssd.draft import likelihood
-from vllm_ssd.draft.measured import OutcomeStatistics
+from vllm_ssd.draft.outcomes import (
+    BoolArray,
+    FloatArray,
+    Measured,
+    OutcomeStatistics,
+    draft_log_probs,
+    outcome_log_probs,
+)
 
 NUM_CANDIDATES = 4
 
 
-def laws(seed: int, n: int) -> tuple[likelihood.FloatArray, likelihood.BoolArray]:
+def laws(seed: int, n: int) -> tuple[FloatArray, BoolArray]:
     """[n, 4] log-probabilities, falling, and which candidate the draft is."""
     rng = np.random.default_rng(seed)
     log_probs = -np.sort(-np.log(rng.dirichlet([0.5] * NUM_CANDIDATES, size=n)), axis=1).astype(np.float32)
@@ -33,7 +39,7 @@ def after(rounds: int, log_prob: float, accepted: float) -> OutcomeStatistics:
 def test_outcomes_share_out_what_is_reached(seed: int, n: int, rounds: int) -> None:
     log_probs, is_draft = laws(seed, n)
     statistics = after(rounds, -0.8, 0.7)
-    outcomes, reached = likelihood.of_outcomes(
+    outcomes, reached = outcome_log_probs(
         log_probs, is_draft, statistics, is_greedy=False, last_is_drawn=False
     )
     assert np.exp(outcomes).sum(axis=1) == pytest.approx(np.exp([0.0, *reached[:-1]]), abs=1e-3)
@@ -45,7 +51,7 @@ def test_a_draft_is_as_likely_as_such_drafts_were_accepted(accepted: float) -> N
     log_probs = np.log(np.array([[0.4, 0.3, 0.2, 0.1]], dtype=np.float32))
     is_draft = np.array([[True, False, False, False]])
     statistics = after(500, float(log_probs[0, 0]), accepted)
-    outcomes, reached = likelihood.of_outcomes(
+    outcomes, reached = outcome_log_probs(
         log_probs, is_draft, statistics, is_greedy=False, last_is_drawn=False
     )
     assert np.exp(reached[0]) == pytest.approx(accepted, abs=0.05)
@@ -61,7 +67,7 @@ def test_a_greedy_target_goes_by_rank_however_flat_the_law() -> None:
     for rank in [0, 0, 0, 1] * 50:
         statistics.add(0, 1, rank, log_probs[0, :1])
         statistics.add(1, 1, 3, log_probs[0, :1])  # a bonus token: instead of no draft
-    outcomes, reached = likelihood.of_outcomes(
+    outcomes, reached = outcome_log_probs(
         log_probs, is_draft, statistics, is_greedy=True, last_is_drawn=False
     )
     assert outcomes[0, 1] == reached[0]
@@ -79,7 +85,7 @@ def test_drafts_of_another_confidence_say_nothing() -> None:
 def test_what_follows_all_drawn_drafts_is_left_to_the_law() -> None:
     log_probs, is_draft = laws(3, 2)
     statistics = after(100, -0.8, 0.5)
-    outcomes, reached = likelihood.of_outcomes(
+    outcomes, reached = outcome_log_probs(
         log_probs, is_draft, statistics, is_greedy=False, last_is_drawn=True
     )
     assert outcomes[1] == pytest.approx(log_probs[1] + reached[0], abs=1e-5)
@@ -88,7 +94,7 @@ def test_what_follows_all_drawn_drafts_is_left_to_the_law() -> None:
 def test_a_draft_that_is_no_candidate_counts_as_the_least() -> None:
     log_probs, is_draft = laws(4, 2)
     is_draft[1] = False
-    assert likelihood.of_drafts(log_probs, is_draft).tolist() == [
+    assert draft_log_probs(log_probs, is_draft).tolist() == [
         log_probs[0, is_draft[0]].item(),
         log_probs[1, -1],
     ]
@@ -96,8 +102,72 @@ def test_a_draft_that_is_no_candidate_counts_as_the_least() -> None:
 
 def test_a_draft_that_is_certain_leaves_a_little() -> None:
     log_probs = np.array([[0.0, -30.0]], dtype=np.float32)
-    outcomes, _ = likelihood.of_outcomes(
+    outcomes, _ = outcome_log_probs(
         log_probs, np.array([[True, False]]), OutcomeStatistics(4), is_greedy=False, last_is_drawn=False
     )
     assert np.isfinite(outcomes).all()
     assert outcomes[0, 0] > outcomes[0, 1]
+
+
+@pytest.mark.parametrize("acceptance", [0.3, 0.6, 0.9])
+def test_acceptance_of_a_truncated_geometric_law(acceptance: float) -> None:
+    rng = np.random.default_rng(1)
+    statistics = OutcomeStatistics(8)
+    for _ in range(3000):
+        statistics.add(int((rng.random(4) < acceptance).cumprod().sum()), 4, None)
+    assert statistics.acceptance == pytest.approx(acceptance, abs=0.06)
+
+
+def test_rounds_without_drafts_say_nothing_about_acceptance() -> None:
+    statistics = OutcomeStatistics(8)
+    before = statistics.acceptance
+    for _ in range(50):
+        statistics.add(0, 0, 1)
+    assert statistics.acceptance == pytest.approx(before)
+
+
+@pytest.mark.parametrize("exponent", [0.5, 1.0, 2.0])
+def test_exponent_of_a_power_law(exponent: float) -> None:
+    rng = np.random.default_rng(2)
+    num_ranks = 12
+    misses = 0.5 * np.arange(1, num_ranks + 1) ** -exponent
+    law = -np.diff(misses, prepend=1.0, append=0.0)
+    statistics = OutcomeStatistics(num_ranks)
+    for rank in rng.choice(num_ranks + 1, size=4000, p=law):
+        statistics.add(2, 4, int(rank))
+    assert statistics.exponent == pytest.approx(exponent, rel=0.35)
+
+
+def test_an_outcome_always_foreseen_breaks_nothing() -> None:
+    statistics = OutcomeStatistics(4)
+    for _ in range(5000):
+        statistics.add(4, 4, 0)
+    assert 0.9 < statistics.acceptance < 1
+    assert np.isfinite(statistics.exponent)
+
+
+def test_shares_of_ranks_fall_and_never_vanish() -> None:
+    statistics = OutcomeStatistics(4)
+    for _ in range(2000):
+        statistics.add(0, 4, 9)  # none of the ranked
+    shares = statistics.log_shares(np.arange(6))
+    assert np.isfinite(shares).all()
+    assert (np.diff(shares) <= 0).all()
+    assert shares[-1] == shares[-2]
+
+
+def test_what_is_not_known_yet_is_guessed_by_what_mostly_came() -> None:
+    statistics = OutcomeStatistics(3)
+    for _ in range(2000):
+        statistics.add(3, 4, 0)  # three in four, then the likeliest of the others
+    assert np.exp(statistics.log_law(4)) == pytest.approx([0.75, 0.25, 0.0, 0.0], abs=0.02)
+
+
+def test_kinds_of_rounds_are_apart() -> None:
+    measured = Measured(4)
+    for _ in range(300):
+        measured.of(True, 1.0).add(4, 4, 0)
+        measured.of(False, 1.0).add(0, 4, 3)
+    assert measured.of(True, 1.0).acceptance > 0.9
+    assert measured.of(False, 1.0).acceptance < 0.3
+    assert measured.of(True, 0.0).acceptance == OutcomeStatistics(4).acceptance
