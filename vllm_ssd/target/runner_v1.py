@@ -20,8 +20,8 @@ from vllm_ssd import compat
 from vllm_ssd.link.counters import Counters
 from vllm_ssd.link.draft_probs import DraftLaw, PointMass
 from vllm_ssd.link.messages import Sampling
+from vllm_ssd.target.draft_link import DraftLink
 from vllm_ssd.target.guard import Guard
-from vllm_ssd.target.proposer import DraftLink, Proposer
 from vllm_ssd.target.ranks import Follower, shared_laws
 from vllm_ssd.verify.coupled import coupled_sampling
 from vllm_ssd.verify.noise import gumbel, wrapped_to_int64
@@ -50,9 +50,9 @@ class SSDModelRunner(CPUModelRunner):
         self._seeds: dict[str, int] = {}  # of the requests that are sampled
         gumbel(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), 1)  # compile it now
 
-    def connect(self, proposer: Proposer, link: DraftLink, counters: Counters) -> None:
+    def connect(self, guard: Guard, link: DraftLink, counters: Counters) -> None:
         """Let this runner lead: give it its half of the rounds, before the first request."""
-        self.proposer = Guard(proposer, counters)
+        self.proposer = guard
 
     def close(self) -> None:
         """Nothing runs beside it."""

@@ -21,7 +21,7 @@ from vllm_ssd.link.messages import (
     Stop,
 )
 from vllm_ssd.target import supervisor as supervisor_module
-from vllm_ssd.target.proposer import News
+from vllm_ssd.target.draft_link import News
 from vllm_ssd.target.supervisor import (
     ENDING_TIMEOUT_S,
     HEALTHY_S,
