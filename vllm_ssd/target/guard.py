@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 
 from vllm_ssd.failures import Failures
 from vllm_ssd.link.counters import Counters
-from vllm_ssd.link.draft_probs import DraftLaw, PointMass
 from vllm_ssd.link.messages import Sampling
 from vllm_ssd.link.outcome_cache import NOT_INTRODUCED
 from vllm_ssd.plan.planner import Plan
 from vllm_ssd.target.proposer import LiveRequest, LookedUp, Proposer
+from vllm_ssd.verify.ratio import DraftLaw, PointMass
 
 logger = logging.getLogger("vllm.ssd")
 

@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from vllm_ssd.link.counters import Counters
-from vllm_ssd.link.draft_probs import DraftLaw, DraftLaws, PointMass
+from vllm_ssd.link.draft_probs import DraftLaws
 from vllm_ssd.link.messages import (
     Outcomes,
     RoundOutcome,
@@ -30,6 +30,7 @@ from vllm_ssd.link.outcome_cache import NOT_INTRODUCED, Outcome, OutcomeCache
 from vllm_ssd.plan.costs import DRAFT, Costs, RunningMean
 from vllm_ssd.plan.planner import Plan, RoundPlanner
 from vllm_ssd.target.backup import NOTHING, DraftAccess, Drafts, Fallback, MissedOutcome
+from vllm_ssd.verify.ratio import DraftLaw, PointMass
 
 POLL_S = 50e-6
 LAWS_DEADLINE_S = 0.01  # for a whole step; they are there before a verification ends, unless the draft is not

@@ -10,7 +10,7 @@ import pytest
 from link import Link
 
 from vllm_ssd.link.counters import Counters, target_fields
-from vllm_ssd.link.draft_probs import DraftLaws, PointMass
+from vllm_ssd.link.draft_probs import DraftLaws
 from vllm_ssd.link.messages import (
     Outcomes,
     RoundOutcome,
@@ -24,6 +24,7 @@ from vllm_ssd.plan.planner import FixedPlan, Plan
 from vllm_ssd.target import proposer as proposer_module
 from vllm_ssd.target.backup import DraftAccess, Drafts, MissedOutcome
 from vllm_ssd.target.proposer import INTRODUCED_TOKENS, News, Proposer
+from vllm_ssd.verify.ratio import PointMass
 
 K, SLOTS, BUDGET, VOCAB = 3, 2, 8, 100
 HISTORY = {"a": [1, 2, 3], "b": [4, 5], "c": [6]}
