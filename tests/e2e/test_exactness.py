@@ -18,10 +18,10 @@ from engines import Engines, give_draft_time, in_worker, ssd, stats
 from laws import CERTAIN, FULL, Law, assert_exact, assert_rejected, p_of_all_tokens, p_of_first_tokens, sample
 from transformers import LlamaForCausalLM
 
-from vllm_ssd.link.draft_probs import PointMass
 from vllm_ssd.target import backup as fallback
 from vllm_ssd.target.proposer import Proposer
 from vllm_ssd.verify import ratio
+from vllm_ssd.verify.ratio import PointMass
 
 pytestmark = pytest.mark.timeout(1200 if FULL else 240)
 
@@ -130,7 +130,7 @@ def test_the_stock_fault_shows(
     model: LlamaForCausalLM,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With vLLM's own expansion of sampling parameters (compat.mend_cpu_sampling undone) the law is wrong."""
+    """With vLLM's own expansion of sampling parameters (`patch_cpu_sampling` undone) the law is wrong."""
     llm = engine(engines, small_vocabulary_pair, ssd_verify="ratio")
     in_worker(llm, give_draft_time)
     monkeypatch.delattr(in_worker(llm, lambda worker: worker.model_runner.rejection_sampler), "forward")

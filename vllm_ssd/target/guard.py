@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 
 from vllm_ssd.failures import Failures
 from vllm_ssd.link.counters import Counters
-from vllm_ssd.link.draft_probs import DraftLaw, PointMass
 from vllm_ssd.link.messages import Sampling
 from vllm_ssd.link.outcome_cache import NOT_INTRODUCED
 from vllm_ssd.plan.planner import Plan
 from vllm_ssd.target.live import LiveRequest
 from vllm_ssd.target.proposer import LookedUp, Proposer
 from vllm_ssd.target.served_probs import ServedProbs
+from vllm_ssd.verify.ratio import DraftLaw, PointMass
 
 logger = logging.getLogger("vllm.ssd")
 

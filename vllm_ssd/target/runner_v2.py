@@ -24,7 +24,6 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from vllm_ssd import compat
 from vllm_ssd.link.counters import Counters
-from vllm_ssd.link.draft_probs import PointMass
 from vllm_ssd.link.messages import Sampling
 from vllm_ssd.link.outcome_cache import NOT_INTRODUCED
 from vllm_ssd.target.deferred import DeferredRounds
@@ -33,7 +32,7 @@ from vllm_ssd.target.guard import Guard
 from vllm_ssd.target.histories import Histories
 from vllm_ssd.target.ranks import Follower, share_rows, shared_drafts
 from vllm_ssd.verify.coupled import longest_agreement
-from vllm_ssd.verify.ratio import law_as_logits
+from vllm_ssd.verify.ratio import PointMass, law_as_logits
 
 
 class SSDSpeculator(BaseSpeculator):

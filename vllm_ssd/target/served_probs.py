@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vllm_ssd.link.draft_probs import DraftLaw, PointMass
 from vllm_ssd.plan.costs import DRAFT, RunningMean
 from vllm_ssd.target.draft_link import DraftLink, poll_until
 from vllm_ssd.target.live import LiveRequest
 from vllm_ssd.target.observer import RoundObserver
+from vllm_ssd.verify.ratio import DraftLaw, PointMass
 
 DEADLINE_S = 0.01  # for a whole step; they are there before a verification ends, unless the draft is not
 MOST_LATE = 0.1  # share of rows; where more are late, waiting for them brings nothing

@@ -15,10 +15,10 @@ from test_proposer import BUDGET, VOCAB, Bench, K
 from vllm_ssd.draft.batch import _sampling_of_rows
 from vllm_ssd.draft.blocks import BlockPool
 from vllm_ssd.draft.requests import DraftRequest
-from vllm_ssd.link.draft_probs import PointMass
 from vllm_ssd.link.messages import Sampling, Start
 from vllm_ssd.plan.planner import Plan
 from vllm_ssd.target.guard import Guard
+from vllm_ssd.verify.ratio import PointMass
 
 NUMBERS = st.sampled_from([int, np.int64, np.float32, float])
 

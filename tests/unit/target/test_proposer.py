@@ -11,7 +11,7 @@ import pytest
 from link import Link
 
 from vllm_ssd.link.counters import Counters, target_fields
-from vllm_ssd.link.draft_probs import DraftLaws, PointMass
+from vllm_ssd.link.draft_probs import DraftLaws
 from vllm_ssd.link.messages import (
     Outcomes,
     RoundOutcome,
@@ -30,6 +30,7 @@ from vllm_ssd.target.live import Drafts
 from vllm_ssd.target.observer import RoundObserver
 from vllm_ssd.target.proposer import INTRODUCED_TOKENS, Proposer
 from vllm_ssd.target.served_probs import ServedProbs
+from vllm_ssd.verify.ratio import PointMass
 
 K, SLOTS, BUDGET, VOCAB = 3, 2, 8, 100
 HISTORY = {"a": [1, 2, 3], "b": [4, 5], "c": [6]}
