@@ -28,6 +28,28 @@ class TrunkRow:
         return range(first, self.request.num_computed + self.num_tokens - last_confirmed)
 
 
+@dataclass(frozen=True)
+class Work:
+    """What one step computes."""
+
+    trunk_rows: list[TrunkRow]
+    groups: list[tuple[DraftRequest, BranchGroup]]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.trunk_rows) + sum(len(group) for _, group in self.groups)
+
+    @property
+    def num_trunk_tokens(self) -> int:
+        return sum(row.num_tokens for row in self.trunk_rows)
+
+    @property
+    def requests(self) -> list[DraftRequest]:
+        """Whom it is about, each once."""
+        those = [row.request for row in self.trunk_rows] + [request for request, _ in self.groups]
+        return list({request.slot: request for request in those}.values())
+
+
 def build_rows(
     trunk_rows: list[TrunkRow], groups: list[tuple[DraftRequest, BranchGroup]], entries_per_slot: int
 ) -> Rows:

@@ -17,10 +17,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from vllm_ssd.draft.batch import TrunkRow, build_rows
+from vllm_ssd.draft.batch import TrunkRow, Work, build_rows
 from vllm_ssd.draft.blocks import BlockCopies, BlockPool
 from vllm_ssd.draft.branches import BranchGroup
 from vllm_ssd.draft.memory import BlockPolicy
+from vllm_ssd.draft.observer import StepObserver
 from vllm_ssd.draft.outcomes import Measured, OutcomeStatistics
 from vllm_ssd.draft.requests import DraftRequest
 from vllm_ssd.draft.rows import Engine, Place, Predictions
@@ -41,7 +42,6 @@ from vllm_ssd.link.messages import (
 )
 from vllm_ssd.link.outcome_cache import Outcome
 from vllm_ssd.link.transport import Channel
-from vllm_ssd.plan.costs import RunningMean
 
 IDLE_POLL_MS = 200
 SPIN_SECONDS = 0.02  # after work, before the draft's core may sleep: with cold caches steps are slow
@@ -100,7 +100,7 @@ class DraftServer:
         self._num_candidates = min(configure.branch_budget + 1, engine.vocab_size)
         self._blocks = BlockPolicy(self._pool, self._requests, self._num_drafts, counters)
         self._measured = Measured(configure.branch_budget)
-        self._recent_step_ns = RunningMean(1e6)
+        self._observer = StepObserver(counters, self._num_drafts)
         self._advancing: list[BranchGroup] = []  # what the last step was made of, if of nothing else
         self._at_work: Iterable[DraftRequest] = ()  # whom the code that runs just now is about
         self._failures = Failures(logger, "a step of the draft failed; its requests go on without drafts")
@@ -178,27 +178,24 @@ class DraftServer:
         began = time.perf_counter_ns()
         self._reserve()
         self._fork()
-        self._at_work = list(self._requests.values())
-        requests = [request for request in self._requests.values() if request.is_urgent]
-        trunk_rows, groups = self._trunk_rows(requests), self._groups(requests, below=self._num_drafts)
-        if not trunk_rows and not groups:
-            requests = list(self._requests.values())
-            trunk_rows, groups = self._trunk_rows(requests), self._groups(requests, below=self._depth)
-        if not trunk_rows and not groups and self._depth:
-            groups = self._groups(requests, below=self._depth + 1)  # idle: compute the tips
-        if not trunk_rows and not groups:
+        work = self._next_work()
+        if work is None:
             return False
-        in_step = [row.request for row in trunk_rows] + [request for request, _ in groups]
-        self._at_work = {request.slot: request for request in in_step}.values()
-        self._take_in(trunk_rows, groups, self._predict(trunk_rows, groups))
-        self._counters.add("steps")
-        self._counters.add("rows", len(trunk_rows) + sum(len(group) for _, group in groups))
-        step_ns = time.perf_counter_ns() - began
-        self._counters.add("step_ns", step_ns)
-        if sum(row.num_tokens for row in trunk_rows) <= len(trunk_rows) + self._num_drafts:  # no prompt in it
-            self._recent_step_ns.add(min(step_ns, 4 * self._recent_step_ns.value))
-            self._counters.set("recent_step_ns", int(self._recent_step_ns.value))
+        self._publish(work, self._predict(work))
+        self._observer.add_step(work, time.perf_counter_ns() - began)
         return True
+
+    def _next_work(self) -> Work | None:
+        """What there is to compute: what the target waits for, then what it wants, and when idle the tips."""
+        self._at_work = everybody = list(self._requests.values())
+        urgent = [request for request in everybody if request.is_urgent]
+        tips = self._depth + 1 if self._depth else 0
+        for requests, depth in ((urgent, self._num_drafts), (everybody, self._depth), (everybody, tips)):
+            work = Work(self._trunk_rows(requests), self._groups(requests, below=depth))
+            if work.num_rows:
+                self._at_work = work.requests
+                return work
+        return None
 
     def _start(self, message: Start) -> None:
         if message.slot in self._requests:  # a stop that was lost with an earlier draft
@@ -272,15 +269,14 @@ class DraftServer:
         """Those of rounds like the request's present one."""
         return self._measured.of(request.verifies_branch, request.sampling.temperature)
 
-    def _predict(
-        self, trunk_rows: list[TrunkRow], groups: list[tuple[DraftRequest, BranchGroup]]
-    ) -> Predictions:
-        """Run the step; the same branches as in the last one only go on."""
-        goes_on = not trunk_rows and [group for _, group in groups] == self._advancing
-        self._advancing = [] if trunk_rows else [group for _, group in groups]
-        if goes_on:
+    def _predict(self, work: Work) -> Predictions:
+        """Run the step; the same branches as in the last one only advance."""
+        groups = [group for _, group in work.groups]
+        advances = not work.trunk_rows and groups == self._advancing
+        self._advancing = [] if work.trunk_rows else groups
+        if advances:
             return self._engine.advance()
-        return self._engine.forward(build_rows(trunk_rows, groups, self._configure.branch_budget))
+        return self._engine.forward(build_rows(work.trunk_rows, work.groups, self._configure.branch_budget))
 
     def _read_candidates(self) -> None:
         """Those of all positions that are about to be forked, at once."""
@@ -364,22 +360,17 @@ class DraftServer:
                 room -= len(group)
         return chosen
 
-    def _take_in(
-        self,
-        trunk_rows: list[TrunkRow],
-        groups: list[tuple[DraftRequest, BranchGroup]],
-        predictions: Predictions,
-    ) -> None:
-        taken = 0
-        for row in trunk_rows:
+    def _publish(self, work: Work, predictions: Predictions) -> None:
+        """Note what the step said of trunks, and put the drafts of branches into the outcome cache."""
+        place = 0
+        for row in work.trunk_rows:
             for k in row.lengths:
-                row.request.unread[k] = Place(predictions, taken)
-                taken += 1
+                row.request.unread[k] = Place(predictions, place)
+                place += 1
             row.request.computed(row.num_tokens)
-            self._counters.add("prefill_tokens", row.num_tokens)
-        for request, group in groups:
+        for request, group in work.groups:
             request.last_served = self._counters["steps"]
-            tokens = group.advance(predictions, taken)
-            taken += len(group)
+            tokens = group.advance(predictions, place)
+            place += len(group)
             if group.steps <= self._num_drafts:
                 self._cache.publish(request.slot, group.first_entry, group.steps - 1, tokens)
