@@ -21,6 +21,7 @@ EXTRAS = {
         "mypy",
         "pytest",
         "pytest-timeout",
+        "pytest-xdist",
         "rich",
         "ruff",
         "scipy",
