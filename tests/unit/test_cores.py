@@ -85,7 +85,7 @@ def test_lists_of_cores(text: str, cores: list[int]) -> None:
     assert parse_cores(text) == cores
 
 
-@pytest.mark.parametrize("text", ["", "a", "1,", "1-", "-1", "1..3", "1-2-3"])
+@pytest.mark.parametrize("text", ["", "a", "1,", "1-", "-1", "1..3", "1-2-3", "0,3-2"])
 def test_malformed_lists_of_cores(text: str) -> None:
     from vllm_ssd.cores import parse_cores
 
