@@ -42,7 +42,7 @@ def add_method_ssd() -> None:
 
     def create_speculative_config(self: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
         if not _asks_for_ssd(self):
-            if ours := sys.modules.get("vllm_ssd.config"):  # of an earlier engine of this process
+            if ours := sys.modules.get("vllm_ssd.cores"):  # of an earlier engine of this process
                 ours.restore_binding()
             return stock(self, target_model_config, target_parallel_config)
         from vllm.platforms import current_platform

@@ -205,4 +205,4 @@ class SSDSpecDecodingLogging:
 
 
 def _reader(speculative_config: Any) -> CounterReader:
-    return CounterReader(Path(speculative_config.ssd_shared_dir), speculative_config.num_speculative_tokens)
+    return CounterReader(Path(speculative_config.placement.folder), speculative_config.num_speculative_tokens)

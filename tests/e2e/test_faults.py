@@ -154,7 +154,7 @@ def test_the_shared_folder_is_removed(serving: Serving, log: Messages) -> None:
     """As systemd does when its user logs out: counters, metrics and the next draft do not miss it."""
     from vllm_ssd.link.memory import LOCK_FILE
 
-    folder = Path(serving.llm.llm_engine.vllm_config.speculative_config.ssd_shared_dir)
+    folder = Path(serving.llm.llm_engine.vllm_config.speculative_config.placement.folder)
     shutil.rmtree(folder)
     before = stats(serving.llm)
     serving.wait_for_hits()

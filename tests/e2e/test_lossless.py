@@ -72,7 +72,7 @@ def demanding_params() -> list[Any]:
         greedy_params(NUM_TOKENS, bad_words=["a", "b"]),
         greedy_params(1),
         greedy_params(2),
-        # Right only with compat.mend_min_tokens_of_bonus.
+        # Right only with repairs.patch_min_tokens_of_bonus.
         greedy_params(NUM_TOKENS, min_tokens=10, stop_token_ids=list(range(2, 200))),
     ]
 
@@ -154,7 +154,7 @@ def test_identical_when_preempted(
 
 def test_a_clean_shutdown_leaves_nothing(engines: Engines, pair: tuple[Path, Path]) -> None:
     llm = engines.get(pair[0], ssd(pair[1], 4), **few_blocks())
-    shared = Path(llm.llm_engine.vllm_config.speculative_config.ssd_shared_dir)
+    shared = Path(llm.llm_engine.vllm_config.speculative_config.placement.folder)
     pid = stats(llm)["draft"]["pid"]
     assert shared.is_dir()
     assert is_running(pid)

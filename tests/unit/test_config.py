@@ -48,14 +48,24 @@ def test_only_model_and_number_are_needed(pair: Pair) -> None:
     assert not config.scheduler_config.async_scheduling
     assert ssd.draft_model_config.model == str(pair[1])
     assert ssd.draft_model_config.get_vocab_size() == 512
-    cores = [int(core) for core in ssd.ssd_draft_cores.split(",")]
-    assert set(cores) <= os.sched_getaffinity(0)
+    place = ssd.placement
+    assert place.device == "cpu"
+    assert set(place.cores) <= os.sched_getaffinity(0)
     if len(os.sched_getaffinity(0)) > 1:
-        assert min(os.sched_getaffinity(0)) not in cores
-    assert "vllm-ssd-" in ssd.ssd_shared_dir
-    assert not Path(ssd.ssd_shared_dir).exists()  # configuring makes nothing
-    assert create(pair).speculative_config.ssd_shared_dir != ssd.ssd_shared_dir
-    assert ssd.ssd_draft_memory == 0.5
+        assert min(os.sched_getaffinity(0)) not in place.cores
+    assert place.memory_bytes == 1 << 29
+    assert "vllm-ssd-" in place.folder
+    assert not Path(place.folder).exists()  # configuring makes nothing
+    assert create(pair).speculative_config.placement.folder != place.folder
+
+
+def test_options_that_the_user_left_open_stay_open(pair: Pair) -> None:
+    """What is chosen is `placement`, and not made to look like what the user said."""
+    from vllm_ssd.config import _default
+
+    ssd = create(pair).speculative_config
+    defaults = {field.name: _default(field) for field in fields(ssd) if field.name.startswith("ssd_")}
+    assert {name: getattr(ssd, name) for name in defaults} == defaults
 
 
 def test_options_are_kept(pair: Pair) -> None:
@@ -70,7 +80,9 @@ def test_options_are_kept(pair: Pair) -> None:
         ssd_shared_dir="/var/tmp",
         max_model_len=128,
     ).speculative_config
-    assert Path(config.ssd_shared_dir).parent == Path("/var/tmp")
+    assert config.ssd_shared_dir == "/var/tmp"
+    assert Path(config.placement.folder).parent == Path("/var/tmp")
+    assert config.placement.cores == (first,)
     assert config.ssd_fanout == [4, 3, 1, 1, 1]
     assert config.ssd_draft_cores == str(first)
     assert config.ssd_fallback == "ngram"
@@ -324,16 +336,17 @@ def test_drafts_of_unsupported_kinds(attribute: str, said: str) -> None:
 
 
 def on_cuda(monkeypatch: pytest.MonkeyPatch, num_devices: int) -> None:
-    from vllm_ssd import config
+    from vllm_ssd import config, placement
 
-    platform = SimpleNamespace(
+    stand_in = SimpleNamespace(
         is_cpu=lambda: False,
         is_cuda=lambda: True,
         device_count=lambda: num_devices,
         device_type="cuda",
         get_device_total_memory=lambda index: (40 + index) << 30,
     )
-    monkeypatch.setattr(config, "current_platform", platform)
+    for module in (config, placement):
+        monkeypatch.setattr(module, "current_platform", stand_in)
 
 
 def test_another_platform(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,9 +367,13 @@ def test_the_drafts_gpu(
 ) -> None:
     on_cuda(monkeypatch, num_devices)
     config = create(pair, ssd_draft_device=asked)
-    assert config.speculative_config.draft_device == device
+    place = config.speculative_config.placement
+    assert place.device == device
+    assert place.memory_bytes == 4 << 30
+    assert config.speculative_config.ssd_draft_device == asked
     assert config.parallel_config.worker_cls == "vllm_ssd.target.worker_cuda.SSDWorker"
-    assert len(config.speculative_config.draft_cores) == len(os.sched_getaffinity(0))
+    assert len(place.cores) == len(os.sched_getaffinity(0))
+    assert not place.engine_cores
 
 
 def test_a_gpu_that_does_not_exist(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,27 +390,23 @@ def test_on_cuda_the_planner_needs_a_scheduler_that_waits(
 
 
 def test_with_ray_the_drafts_gpu_is_named(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_ssd.config import _choose_draft_device
+    from vllm_ssd.placement import _choose_device
 
     on_cuda(monkeypatch, 4)
     parallel = SimpleNamespace(distributed_executor_backend="ray", assigned_physical_gpu_ids=None)
-    ssd = SimpleNamespace(ssd_draft_device=None, target_parallel_config=parallel)
     with pytest.raises(ValueError, match="ssd_draft_device"):
-        _choose_draft_device(ssd)
-    ssd.ssd_draft_device = "cuda:3"
-    assert _choose_draft_device(ssd) == "cuda:3"
+        _choose_device(None, parallel)
+    assert _choose_device("cuda:3", parallel) == "cuda:3"
 
 
 def test_beside_chosen_gpus_the_drafts_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_ssd.config import _choose_draft_device
+    from vllm_ssd.placement import _choose_device
 
     on_cuda(monkeypatch, 4)
     parallel = SimpleNamespace(distributed_executor_backend="mp", assigned_physical_gpu_ids=[2, 3])
-    ssd: Any = SimpleNamespace(ssd_draft_device=None, target_parallel_config=parallel)
     with pytest.raises(ValueError, match=r"\[2, 3\].*ssd_draft_device"):
-        _choose_draft_device(ssd)
-    ssd.ssd_draft_device = "cuda:0"
-    assert _choose_draft_device(ssd) == "cuda:0"
+        _choose_device(None, parallel)
+    assert _choose_device("cuda:0", parallel) == "cuda:0"
 
 
 def test_a_gpu_where_there_is_none(pair: Pair) -> None:
@@ -442,6 +455,22 @@ def test_a_config_that_is_made_again(pair: Pair) -> None:
     for name in (field.name for field in fields(ssd)):
         if name.startswith("ssd_") or name in ("method", "model", "draft_load_config", "prompt_lookup_max"):
             assert getattr(again, name) == getattr(ssd, name), name
+
+
+def test_a_place_once_chosen_stays(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the engine's processes too, which may be bound to other cores than the frontend, and see others."""
+    ssd = create(pair).speculative_config
+    pickled = pickle.dumps(ssd)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {NO_CORE})
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", str(NO_CORE))
+    again = pickle.loads(pickled)
+    again.__post_init__()
+    assert again.placement == ssd.placement
+    assert again.ssd_draft_cores is None
+
+
+def test_the_place_is_no_option(pair: Pair) -> None:
+    assert any("placement" in line for line in refusal(pair, placement={"device": "cpu"}))
 
 
 def test_a_verification_that_fits_no_step(pair: Pair) -> None:
@@ -501,10 +530,6 @@ WRITTEN: list[tuple[str, str | None, Any, Any]] = [
 ]
 
 
-def shown(ssd: Any, option: str) -> Any:
-    return os.path.dirname(ssd.ssd_shared_dir) if option == "ssd_shared_dir" else getattr(ssd, option)
-
-
 @pytest.mark.parametrize(
     ("option", "text", "value", "expected"), WRITTEN, ids=[f"{row[0]}={row[2]!r}" for row in WRITTEN]
 )
@@ -513,7 +538,7 @@ def test_what_the_front_ends_make_of_an_option(
 ) -> None:
     """Python, JSON, a dotted option of the command line, and YAML."""
     more: dict[str, Any] = {"ssd_verify": "ratio"} if option == "ssd_saguaro_c" else {}
-    assert shown(create(pair, **more | {option: value}).speculative_config, option) == expected
+    assert getattr(create(pair, **more | {option: value}).speculative_config, option) == expected
     if text is None:
         return
     options = {"method": "ssd", "model": str(pair[1]), "num_speculative_tokens": 4} | more
@@ -529,7 +554,7 @@ def test_what_the_front_ends_make_of_an_option(
         word for name, given in options.items() for word in (f"--speculative-config.{name}", str(given))
     ]
     for words in ([*dotted, f"--speculative-config.{option}", text], ["--config", str(file)]):
-        assert shown(from_command_line(pair, words).speculative_config, option) == expected, words
+        assert getattr(from_command_line(pair, words).speculative_config, option) == expected, words
 
 
 @functools.cache

@@ -63,11 +63,8 @@ def name_shared_folder(parent: str | None = None) -> Path:
     """A name that no folder has yet, for one engine's shared folder.
 
     Args:
-        parent: where it is to lie; None: in memory where the machine has a file system for it. A name that
-            came from here stays as it is, as in a config that is made again from its own values.
+        parent: where it is to lie; None: in memory where the machine has a file system for it.
     """
-    if parent is not None and re.fullmatch(f"{PREFIX}[0-9a-f]{{{_NAME_DIGITS}}}", Path(parent).name):
-        return Path(parent)
     memory = Path("/dev/shm")
     default = memory if memory.is_dir() else Path(tempfile.gettempdir())
     return Path(parent or default) / f"{PREFIX}{uuid.uuid4().hex[:_NAME_DIGITS]}"

@@ -15,7 +15,7 @@ from vllm.distributed import get_world_group
 from vllm.logger import init_logger
 
 from vllm_ssd import compat
-from vllm_ssd.config import GIB, SSDSpeculativeConfig, engine_cores
+from vllm_ssd.config import SSDSpeculativeConfig
 from vllm_ssd.link.counters import TARGET_COUNTERS_FILE, Counters, target_fields
 from vllm_ssd.link.memory import SharedFolder
 from vllm_ssd.link.messages import Configure
@@ -142,9 +142,8 @@ class TargetsDraft:
     def __init__(self, vllm_config: VllmConfig, allocate: AllocateTable | None) -> None:
         ssd = vllm_config.speculative_config
         assert isinstance(ssd, SSDSpeculativeConfig)
-        assert ssd.ssd_shared_dir is not None
         self._vllm_config, self._ssd = vllm_config, ssd
-        self._folder = SharedFolder(Path(ssd.ssd_shared_dir), engine_cores(ssd))
+        self._folder = SharedFolder(Path(ssd.placement.folder), ssd.placement.engine_cores)
         fields = target_fields(ssd.num_speculative_tokens)
         try:
             self._counters = Counters(self._folder.path / TARGET_COUNTERS_FILE, fields, create=True)
@@ -234,24 +233,23 @@ class TargetsDraft:
 
 def _configure(ssd: SSDSpeculativeConfig, vllm_config: VllmConfig) -> Configure:
     draft = ssd.draft_model_config
-    assert ssd.ssd_draft_memory is not None  # chosen when it was configured
     options = {
         "address": "",
-        "shared_dir": ssd.ssd_shared_dir,
+        "shared_dir": ssd.placement.folder,
         "table_dir": "",
         "model": draft.model_weights
         or draft.model,  # where vLLM fetched the config alone, it keeps the rest's
         "vocab_size": draft.get_vocab_size(),
         "engine_args": draft_engine_args(ssd, vllm_config),
-        "device": ssd.draft_device,
-        "cores": ssd.draft_cores,
+        "device": ssd.placement.device,
+        "cores": ssd.placement.cores,
         "num_speculative_tokens": ssd.num_speculative_tokens,
         "fanout": ssd.ssd_fanout,
         "branch_budget": ssd.ssd_branch_budget,
         "max_slots": vllm_config.scheduler_config.max_num_seqs,
         "max_rows": ssd.ssd_max_rows,
         "prefill_chunk": ssd.ssd_prefill_chunk,
-        "memory_bytes": int(ssd.ssd_draft_memory * GIB),
+        "memory_bytes": ssd.placement.memory_bytes,
         "enforce_eager": draft.enforce_eager if ssd.enforce_eager is None else ssd.enforce_eager,
         "is_coupled": ssd.ssd_verify == "coupled",
         "saguaro_c": ssd.ssd_saguaro_c,

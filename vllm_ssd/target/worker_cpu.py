@@ -5,7 +5,7 @@ from __future__ import annotations
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_ssd import compat, repairs
-from vllm_ssd.config import GIB
+from vllm_ssd.placement import GIB
 from vllm_ssd.target.worker import DraftHost
 
 

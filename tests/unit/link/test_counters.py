@@ -118,7 +118,9 @@ def start_frontend(folder: Path) -> None:
     target.add("lookups", 7)
     target.set("draft_alive", 1)
     unregister_vllm_metrics()
-    speculation = SimpleNamespace(method="ssd", ssd_shared_dir=str(folder), num_speculative_tokens=2)
+    speculation = SimpleNamespace(
+        method="ssd", placement=SimpleNamespace(folder=str(folder)), num_speculative_tokens=2
+    )
 
     class Stock(SpecDecodingProm):
         def __init__(self, *args: object, **kwargs: object) -> None:
@@ -185,7 +187,7 @@ def test_the_log_line_follows_vllms_own(tmp_path: Path) -> None:
 
     target = Counters(tmp_path / TARGET_COUNTERS_FILE, target_fields(4), create=True)
     draft = Counters(tmp_path / DRAFT_COUNTERS_FILE, DRAFT_FIELDS, create=True)
-    speculation = SimpleNamespace(ssd_shared_dir=str(tmp_path), num_speculative_tokens=4)
+    speculation = SimpleNamespace(placement=SimpleNamespace(folder=str(tmp_path)), num_speculative_tokens=4)
     line = SSDSpecDecodingLogging(Stock(), speculation)
 
     def log() -> list[str]:
