@@ -11,7 +11,6 @@ from dataclasses import MISSING, fields
 from dataclasses import Field as DataclassField
 from itertools import groupby
 from numbers import Integral
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -25,7 +24,7 @@ from vllm.platforms import CpuArchEnum, current_platform
 from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_visible_memory_node
 
 from vllm_ssd import compat
-from vllm_ssd.link.memory import NAME_BYTES, cores_of_others, name_shared_folder, remove_at_exit
+from vllm_ssd.link.announcement import cores_of_others, new_engine_id
 from vllm_ssd.target.draft_args import load_args
 from vllm_ssd.vocabularies import warn_of_other_tokens
 
@@ -33,7 +32,6 @@ logger = init_logger("vllm.ssd")
 
 GIB = 1 << 30
 MAX_SPECULATIVE_TOKENS = 16
-MAX_FOLDER_BYTES = 85  # of an engine: a Unix socket's path has at most 107, and ours lies two levels below
 
 # Options of `SpeculativeConfig` that SSD honours. Any other, also of a later vLLM, is refused unless it has
 # its default.
@@ -117,9 +115,8 @@ class SSDSpeculativeConfig(SpeculativeConfig):
     """Seconds the draft process may take to load before the start-up fails."""
     ssd_stall_timeout: float = Field(default=2.0, gt=0)
     """Seconds without a sign of life after which the target stops asking the draft."""
-    ssd_shared_dir: str | None = None
-    """Where the engine makes the folder of what target and draft share; default: /dev/shm. Once configured,
-    the name of that folder."""
+    engine_id: str = Field(default_factory=new_engine_id)
+    """Not an option: the name by which the engine's processes find one another."""
 
     __repr__ = SpeculativeConfig.__repr__
 
@@ -155,11 +152,6 @@ class SSDSpeculativeConfig(SpeculativeConfig):
         """On the command line a list is text, as in 4,3,1."""
         return given.strip("[] ").split(",") if isinstance(given, str) and "," in given else given
 
-    @field_validator("ssd_shared_dir", mode="before")
-    @classmethod
-    def _read_folder(cls, given: Any) -> Any:
-        return str(given) if isinstance(given, Path) else given
-
     def __post_init__(self) -> None:
         _check_platform(self)
         _refuse_foreign_options(self)
@@ -169,8 +161,6 @@ class SSDSpeculativeConfig(SpeculativeConfig):
         self.prompt_lookup_min = self.prompt_lookup_max = None  # as given: vLLM makes both of them 0
         _check_models(self)
         _check_branches(self)
-        self.ssd_shared_dir = str(name_shared_folder(self.ssd_shared_dir))
-        _check_folder(self.ssd_shared_dir)
         self.ssd_draft_device = _choose_draft_device(self)
         self.ssd_draft_memory = self.ssd_draft_memory or _DRAFT_MEMORY[self.draft_device.partition(":")[0]]
         _check_memory(self)
@@ -196,7 +186,7 @@ class SSDSpeculativeConfig(SpeculativeConfig):
 def create_ssd_config(engine_args: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
     """Build the config from what the user gave; called where vLLM builds its own `SpeculativeConfig`."""
     options = _merged_options(engine_args)
-    for name in _INTERNAL:
+    for name in (*_INTERNAL, "engine_id"):
         if options.pop(name, None) is not None:
             raise ValueError(f"method 'ssd' does not support {name} in the speculative config; remove it")
     ssd = SSDSpeculativeConfig(
@@ -204,14 +194,12 @@ def create_ssd_config(engine_args: Any, target_model_config: Any, target_paralle
     )
     _check_scheduler(engine_args, ssd.num_speculative_tokens)
     warn_of_other_tokens(target_model_config, ssd.draft_model_config)
-    assert ssd.ssd_shared_dir is not None
-    remove_at_exit(Path(ssd.ssd_shared_dir))
     if target_parallel_config.worker_cls != "auto":
         worker = target_parallel_config.worker_cls
         raise ValueError(f"method 'ssd' brings its own worker; remove worker_cls={worker!r}")
     if current_platform.is_cpu():
         target_parallel_config.worker_cls = "vllm_ssd.target.worker_cpu.SSDWorker"
-        others = cores_of_others(Path(ssd.ssd_shared_dir))
+        others = cores_of_others(ssd.engine_id)
         _leave_cores_to_draft(ssd.draft_cores, target_parallel_config.local_world_size, others)
         _warn_of_shared_cores(ssd.draft_cores, others)
     else:
@@ -358,14 +346,6 @@ def _check_platform(ssd: SSDSpeculativeConfig) -> None:
         raise ValueError("method 'ssd' with several ranks needs distributed_executor_backend 'mp' or 'ray'")
 
 
-def _check_folder(folder: str) -> None:
-    if len(os.fsencode(folder)) > MAX_FOLDER_BYTES:
-        raise ValueError(
-            f"ssd_shared_dir={os.path.dirname(folder)!r} is too long for the path of a socket; "
-            f"choose one of at most {MAX_FOLDER_BYTES - NAME_BYTES - 1} bytes"
-        )
-
-
 def _check_models(ssd: SSDSpeculativeConfig) -> None:
     target, draft = ssd.target_model_config, ssd.draft_model_config
     target_vocab, draft_vocab = target.get_vocab_size(), draft.get_vocab_size()
@@ -477,9 +457,8 @@ def _choose_draft_cores(ssd: SSDSpeculativeConfig) -> list[int]:
         return cores
     if not current_platform.is_cpu():
         return allowed
-    assert ssd.ssd_shared_dir is not None  # named before
     left = set(allowed) - _bound_cores(_binding_by_user())
-    free = left - cores_of_others(Path(ssd.ssd_shared_dir))
+    free = left - cores_of_others(ssd.engine_id)
     return [max(free or left or allowed)]
 
 

@@ -52,9 +52,7 @@ def test_only_model_and_number_are_needed(pair: Pair) -> None:
     assert set(cores) <= os.sched_getaffinity(0)
     if len(os.sched_getaffinity(0)) > 1:
         assert min(os.sched_getaffinity(0)) not in cores
-    assert "vllm-ssd-" in ssd.ssd_shared_dir
-    assert not Path(ssd.ssd_shared_dir).exists()  # configuring makes nothing
-    assert create(pair).speculative_config.ssd_shared_dir != ssd.ssd_shared_dir
+    assert create(pair).speculative_config.engine_id != ssd.engine_id
     assert ssd.ssd_draft_memory == 0.5
 
 
@@ -67,10 +65,8 @@ def test_options_are_kept(pair: Pair) -> None:
         ssd_fallback="ngram",
         ssd_draft_cores=str(first),
         ssd_wait_ms=1.5,
-        ssd_shared_dir="/var/tmp",
         max_model_len=128,
     ).speculative_config
-    assert Path(config.ssd_shared_dir).parent == Path("/var/tmp")
     assert config.ssd_fanout == [4, 3, 1, 1, 1]
     assert config.ssd_draft_cores == str(first)
     assert config.ssd_fallback == "ngram"
@@ -122,7 +118,6 @@ REFUSED: list[Any] = [
     ({"parallel_drafting": True}, ("parallel_drafting", "remove it")),
     ({"draft_tensor_parallel_size": 2}, ("draft_tensor_parallel_size",)),
     ({"ssd_saguaro_c": 0.5}, ("ssd_saguaro_c=0.5", "ssd_verify='ratio'")),
-    ({"ssd_shared_dir": "/dev/shm/" + 80 * "x"}, ("ssd_shared_dir", "at most 63 bytes")),
 ]
 
 
@@ -426,6 +421,7 @@ def test_every_option_that_is_not_honoured_is_refused(pair: Pair) -> None:
         {"num_speculative_tokens_per_batch_size": [[1, 4, 3]]},
         {"draft_model_config": {}},
         {"target_model_config": {}},
+        {"engine_id": "mine"},
     ],
     ids=lambda options: next(iter(options)),
 )
@@ -434,13 +430,16 @@ def test_options_of_other_methods(pair: Pair, options: dict[str, Any]) -> None:
     assert_one_line(refusal(pair, **options), "does not support", name, "remove it")
 
 
+KEPT = ("method", "model", "draft_load_config", "prompt_lookup_max", "engine_id")
+
+
 def test_a_config_that_is_made_again(pair: Pair) -> None:
     options = {"ssd_draft_cores": 0, "draft_load_config": {"load_format": "pt"}, "ssd_draft_memory": "1GiB"}
     ssd = create(pair, **options).speculative_config
     again = pickle.loads(pickle.dumps(ssd))
     again.__post_init__()
     for name in (field.name for field in fields(ssd)):
-        if name.startswith("ssd_") or name in ("method", "model", "draft_load_config", "prompt_lookup_max"):
+        if name.startswith("ssd_") or name in KEPT:
             assert getattr(again, name) == getattr(ssd, name), name
 
 
@@ -497,12 +496,7 @@ WRITTEN: list[tuple[str, str | None, Any, Any]] = [
     ("ssd_wait_ms", "2", 2, 2.0),
     ("ssd_ready_timeout", "60", "60", 60.0),
     ("ssd_stall_timeout", "1e1", 10, 10.0),
-    ("ssd_shared_dir", "/var/tmp", Path("/var/tmp"), "/var/tmp"),
 ]
-
-
-def shown(ssd: Any, option: str) -> Any:
-    return os.path.dirname(ssd.ssd_shared_dir) if option == "ssd_shared_dir" else getattr(ssd, option)
 
 
 @pytest.mark.parametrize(
@@ -513,7 +507,7 @@ def test_what_the_front_ends_make_of_an_option(
 ) -> None:
     """Python, JSON, a dotted option of the command line, and YAML."""
     more: dict[str, Any] = {"ssd_verify": "ratio"} if option == "ssd_saguaro_c" else {}
-    assert shown(create(pair, **more | {option: value}).speculative_config, option) == expected
+    assert getattr(create(pair, **more | {option: value}).speculative_config, option) == expected
     if text is None:
         return
     options = {"method": "ssd", "model": str(pair[1]), "num_speculative_tokens": 4} | more
@@ -529,7 +523,7 @@ def test_what_the_front_ends_make_of_an_option(
         word for name, given in options.items() for word in (f"--speculative-config.{name}", str(given))
     ]
     for words in ([*dotted, f"--speculative-config.{option}", text], ["--config", str(file)]):
-        assert shown(from_command_line(pair, words).speculative_config, option) == expected, words
+        assert getattr(from_command_line(pair, words).speculative_config, option) == expected, words
 
 
 @functools.cache

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -124,7 +123,7 @@ class TestCores:
     def chosen(cores: str | None = None) -> list[int]:
         from vllm_ssd.config import _choose_draft_cores
 
-        ssd = SimpleNamespace(ssd_draft_cores=cores, ssd_shared_dir="")
+        ssd = SimpleNamespace(ssd_draft_cores=cores, engine_id="")
         return _choose_draft_cores(ssd)  # type: ignore[arg-type]
 
     def test_the_draft_takes_the_last_core(self) -> None:
@@ -217,18 +216,18 @@ def test_engines_that_have_to_share_are_told(
 
 
 def test_engines_tell_one_another_their_cores(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through their folders; one's own is none of the others'."""
+    """One's own is none of the others'."""
     from vllm_ssd import config
-    from vllm_ssd.link.memory import SharedFolder
+    from vllm_ssd.link.announcement import Announcement
 
     stock = config.cores_of_others
     on_cores(monkeypatch, {core: core for core in range(4)})
     first = create(pair).speculative_config
     assert config.engine_cores(first) == {0, 1, 3}
-    before = stock(Path(first.ssd_shared_dir))  # of engines that run beside this test
-    folder = SharedFolder(Path(first.ssd_shared_dir), config.engine_cores(first))
+    before = stock(first.engine_id)  # of engines that run beside this test
+    announcement = Announcement(first.engine_id, config.engine_cores(first), [])
     try:
-        assert stock(Path(first.ssd_shared_dir)) == before
-        assert stock(folder.path.with_name("another")) == before | {0, 1, 3}
+        assert stock(first.engine_id) == before
+        assert stock("another") == before | {0, 1, 3}
     finally:
-        folder.remove()
+        announcement.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,8 @@ from vllm.logger import init_logger
 
 from vllm_ssd import compat
 from vllm_ssd.config import GIB, SSDSpeculativeConfig, engine_cores
-from vllm_ssd.link.counters import TARGET_COUNTERS_FILE, Counters, target_fields
-from vllm_ssd.link.memory import SharedFolder
+from vllm_ssd.link.announcement import Announcement
+from vllm_ssd.link.counters import Counters, target_fields
 from vllm_ssd.link.messages import Configure
 from vllm_ssd.plan.costs import Costs
 from vllm_ssd.plan.planner import FixedPlan, Plan, Planner, RoundPlanner
@@ -139,22 +138,22 @@ class TargetsDraft:
     def __init__(self, vllm_config: VllmConfig, allocate: AllocateTable | None) -> None:
         ssd = vllm_config.speculative_config
         assert isinstance(ssd, SSDSpeculativeConfig)
-        assert ssd.ssd_shared_dir is not None
         self._vllm_config, self._ssd = vllm_config, ssd
-        self._folder = SharedFolder(Path(ssd.ssd_shared_dir), engine_cores(ssd))
-        fields = target_fields(ssd.num_speculative_tokens)
+        self._counters = Counters(target_fields(ssd.num_speculative_tokens))
+        self.supervisor = DraftSupervisor(
+            _configure(ssd, vllm_config),
+            self._counters,
+            ssd.ssd_ready_timeout,
+            ssd.ssd_stall_timeout,
+            allocate,
+        )
+        counters = (self._counters, self.supervisor.draft_counters)
         try:
-            self._counters = Counters(self._folder.path / TARGET_COUNTERS_FILE, fields, create=True)
-            self.supervisor = DraftSupervisor(
-                _configure(ssd, vllm_config),
-                self._counters,
-                ssd.ssd_ready_timeout,
-                ssd.ssd_stall_timeout,
-                allocate,
-                restore_folder=self._folder.restore,
+            self._announcement = Announcement(
+                ssd.engine_id, engine_cores(ssd), [each.descriptor for each in counters]
             )
-        except Exception:  # such as no room for the laws
-            self._folder.remove()
+        except OSError:
+            self.supervisor.close()
             raise
         self._costs = Costs()
         self._planner: RoundPlanner = FixedPlan(Plan(ssd.num_speculative_tokens, ssd.ssd_branch_budget))
@@ -221,20 +220,17 @@ class TargetsDraft:
         return int(psutil.Process(self.supervisor.pid).memory_info().rss) + logits
 
     def close(self) -> None:
-        """Stop the draft and remove what was shared; once."""
+        """Stop the draft, and let nobody find the engine any more; once."""
+        self._announcement.close()
         if self._close_runner is not None:
             self._close_runner()  # first, since it may be talking to the draft
         self.supervisor.close()
-        self._folder.remove()
 
 
 def _configure(ssd: SSDSpeculativeConfig, vllm_config: VllmConfig) -> Configure:
     draft = ssd.draft_model_config
     assert ssd.ssd_draft_memory is not None  # chosen when it was configured
     options = {
-        "address": "",
-        "shared_dir": ssd.ssd_shared_dir,
-        "table_dir": "",
         "model": draft.model_weights
         or draft.model,  # where vLLM fetched the config alone, it keeps the rest's
         "vocab_size": draft.get_vocab_size(),
