@@ -274,15 +274,9 @@ def draft_one(
     from vllm_ssd.link.outcome_cache import FIRST_DRAFT
 
     vllm_ssd.register()
-    folder = scratch / "rendezvous"
-    folder.mkdir(exist_ok=True)
-    (folder / "rendezvous").unlink(missing_ok=True)
     most = max(sizes.draft_rows)
     engine = DraftEngine(
         Configure(
-            address="",
-            shared_dir=str(folder),
-            table_dir=str(folder),
             model=write_config(scratch / "draft", shape),
             engine_args={
                 "dtype": dtype_name(),

@@ -9,7 +9,6 @@ from dataclasses import MISSING, fields
 from dataclasses import Field as DataclassField
 from dataclasses import field as dataclass_field
 from numbers import Integral
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,7 +21,7 @@ from vllm.platforms import current_platform
 
 from vllm_ssd import compat
 from vllm_ssd.cores import bind_target, format_cores, parse_cores
-from vllm_ssd.link.memory import remove_at_exit
+from vllm_ssd.link.announcement import new_engine_id
 from vllm_ssd.placement import Placement, parse_gib, place_draft
 from vllm_ssd.target.draft_args import load_args
 from vllm_ssd.vocabularies import warn_of_other_tokens
@@ -109,8 +108,8 @@ class SSDSpeculativeConfig(SpeculativeConfig):
     """Seconds the draft process may take to load before the start-up fails."""
     ssd_stall_timeout: float = Field(default=2.0, gt=0)
     """Seconds without a sign of life after which the target stops asking the draft."""
-    ssd_shared_dir: str | None = None
-    """Where the engine makes the folder of what target and draft share; default: /dev/shm."""
+    engine_id: str = Field(default_factory=new_engine_id)
+    """Not an option: the name by which the engine's processes find one another."""
     placement: Placement = dataclass_field(init=False)
     """No option: where the draft runs and what it gets, as the user said or as was chosen."""
 
@@ -148,11 +147,6 @@ class SSDSpeculativeConfig(SpeculativeConfig):
         """On the command line a list is text, as in 4,3,1."""
         return given.strip("[] ").split(",") if isinstance(given, str) and "," in given else given
 
-    @field_validator("ssd_shared_dir", mode="before")
-    @classmethod
-    def _read_folder(cls, given: Any) -> Any:
-        return str(given) if isinstance(given, Path) else given
-
     def __post_init__(self) -> None:
         _check_platform(self)
         _refuse_foreign_options(self)
@@ -168,7 +162,7 @@ class SSDSpeculativeConfig(SpeculativeConfig):
                 self.ssd_draft_device,
                 self.ssd_draft_cores,
                 self.ssd_draft_memory,
-                self.ssd_shared_dir,
+                self.engine_id,
             )
 
     def draft_shares_target_positions(self) -> bool:
@@ -179,7 +173,7 @@ class SSDSpeculativeConfig(SpeculativeConfig):
 def create_ssd_config(engine_args: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
     """Build the config from what the user gave; called where vLLM builds its own `SpeculativeConfig`."""
     options = _merged_options(engine_args)
-    for name in _INTERNAL:
+    for name in (*_INTERNAL, "engine_id"):
         if options.pop(name, None) is not None:
             raise ValueError(f"method 'ssd' does not support {name} in the speculative config; remove it")
     ssd = SSDSpeculativeConfig(
@@ -187,14 +181,12 @@ def create_ssd_config(engine_args: Any, target_model_config: Any, target_paralle
     )
     _check_scheduler(engine_args, ssd.num_speculative_tokens)
     warn_of_other_tokens(target_model_config, ssd.draft_model_config)
-    folder = Path(ssd.placement.folder)
-    remove_at_exit(folder)
     if target_parallel_config.worker_cls != "auto":
         worker = target_parallel_config.worker_cls
         raise ValueError(f"method 'ssd' brings its own worker; remove worker_cls={worker!r}")
     if current_platform.is_cpu():
         target_parallel_config.worker_cls = "vllm_ssd.target.worker_cpu.SSDWorker"
-        bind_target(ssd.placement.cores, target_parallel_config.local_world_size, folder)
+        bind_target(ssd.placement.cores, target_parallel_config.local_world_size, ssd.engine_id)
     else:
         target_parallel_config.worker_cls = "vllm_ssd.target.worker_cuda.SSDWorker"
     if not _on_v2_runner():

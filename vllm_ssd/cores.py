@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from itertools import groupby
-from pathlib import Path
 
 import numpy as np
 from vllm import envs
@@ -17,7 +16,7 @@ from vllm.logger import init_logger
 from vllm.platforms import CpuArchEnum, current_platform
 from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_visible_memory_node, parse_id_list
 
-from vllm_ssd.link.memory import cores_of_others
+from vllm_ssd.link.announcement import cores_of_others
 
 logger = init_logger("vllm.ssd")
 
@@ -45,13 +44,13 @@ def format_cores(cores: Iterable[int]) -> str:
     return ",".join(map(str, cores))
 
 
-def choose_draft_cores(given: str | None, device: str, folder: Path) -> list[int]:
+def choose_draft_cores(given: str | None, device: str, engine_id: str) -> list[int]:
     """The draft's cores: those that the user named, or the last one that nobody else takes; with a GPU all.
 
     Args:
         given: `ssd_draft_cores`.
         device: the draft's.
-        folder: the engine's own, see `cores_of_others`.
+        engine_id: the engine's own, see `cores_of_others`.
 
     Raises:
         ValueError: if the user names a core that this process may not use.
@@ -66,21 +65,21 @@ def choose_draft_cores(given: str | None, device: str, folder: Path) -> list[int
     if device != "cpu":
         return allowed
     left = set(allowed) - _bound_cores(_binding_by_user())
-    free = left - cores_of_others(folder)
+    free = left - cores_of_others(engine_id)
     return [max(free or left or allowed)]
 
 
-def bind_target(draft_cores: Iterable[int], num_ranks: int, folder: Path) -> None:
+def bind_target(draft_cores: Iterable[int], num_ranks: int, engine_id: str) -> None:
     """Leave the draft its cores: bind the target's ranks to the others, and warn where some are shared.
 
     Args:
         num_ranks: of the target on this host.
-        folder: the engine's own, see `cores_of_others`.
+        engine_id: the engine's own, see `cores_of_others`.
 
     Raises:
         ValueError: if there are too few cores for several ranks.
     """
-    others = cores_of_others(folder)
+    others = cores_of_others(engine_id)
     _leave_cores_to_draft(set(draft_cores), num_ranks, others)
     _warn_of_shared_cores(set(draft_cores), others)
 

@@ -1,27 +1,23 @@
 """SSD's counters in vLLM's metrics: Prometheus and the log line.
 
-The engine's worker and the draft count in shared files (`vllm_ssd.link.counters`); the frontend, a process of
-its own, reads them when Prometheus scrapes and when vLLM logs.
+The engine's worker and the draft count in shared memory (`vllm_ssd.link.counters`). The frontend, which is
+another process, asks the worker for it (`vllm_ssd.link.announcement`), and reads it when Prometheus scrapes
+and when vLLM logs.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import prometheus_client
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 from vllm.logger import init_logger
 
-from vllm_ssd.link.counters import (
-    DRAFT_COUNTERS_FILE,
-    DRAFT_FIELDS,
-    TARGET_COUNTERS_FILE,
-    Counters,
-    target_fields,
-)
+from vllm_ssd.link.announcement import ask
+from vllm_ssd.link.counters import DRAFT_FIELDS, Counters, target_fields
 
 logger = init_logger("vllm.ssd")
 
@@ -67,28 +63,27 @@ METRICS: dict[str, tuple[str, str, float]] = {
 class CounterReader:
     """Reads what the engine has counted, from the first time that it is there.
 
-    What has been mapped once stays in use, whatever becomes of the files' names. So an engine that has ended
-    leaves its last counts.
+    What has been mapped once stays in use. So an engine that has ended leaves its last counts.
 
     Args:
-        shared_dir: the engine's shared folder.
+        engine_id: the name that the engine goes by.
         num_speculative_tokens: K.
     """
 
-    def __init__(self, shared_dir: Path, num_speculative_tokens: int) -> None:
-        fields = target_fields(num_speculative_tokens)
-        self._sources: list[tuple[Path, tuple[str, ...]]] = [
-            (shared_dir / TARGET_COUNTERS_FILE, fields),
-            (shared_dir / DRAFT_COUNTERS_FILE, DRAFT_FIELDS),
-        ]
+    def __init__(self, engine_id: str, num_speculative_tokens: int) -> None:
+        self._engine_id = engine_id
+        self._fields = (target_fields(num_speculative_tokens), DRAFT_FIELDS)
         self._mapped: list[Counters] = []
         self._last: dict[str, int] = {}
         self._map()  # in most frontends the engine is there by now
 
     def _map(self) -> None:
-        # Not there yet, still empty, or no descriptors left: vLLM's own metrics must not suffer.
-        with contextlib.suppress(OSError, ValueError):
-            self._mapped = [Counters(path, fields, create=False) for path, fields in self._sources]
+        # Not there yet, or no descriptors left: vLLM's own metrics must not suffer.
+        with contextlib.suppress(OSError, ValueError), ask(self._engine_id) as (_, descriptors):
+            self._mapped = [
+                Counters(fields, os.dup(descriptor))
+                for fields, descriptor in zip(self._fields, descriptors, strict=True)
+            ]
 
     def read(self) -> dict[str, int]:
         """Every counter; empty where the engine is not there yet."""
@@ -205,4 +200,4 @@ class SSDSpecDecodingLogging:
 
 
 def _reader(speculative_config: Any) -> CounterReader:
-    return CounterReader(Path(speculative_config.placement.folder), speculative_config.num_speculative_tokens)
+    return CounterReader(speculative_config.engine_id, speculative_config.num_speculative_tokens)

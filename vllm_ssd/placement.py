@@ -5,17 +5,14 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from vllm.config import ParallelConfig
 from vllm.platforms import current_platform
 
 from vllm_ssd.cores import choose_draft_cores, target_cores
-from vllm_ssd.link.memory import NAME_BYTES, name_shared_folder
 
 GIB = 1 << 30
-MAX_FOLDER_BYTES = 85  # of an engine: a Unix socket's path has at most 107, and ours lies two levels below
 _DRAFT_MEMORY = {"cpu": 0.5, "cuda": 4.0}  # GiB
 _BYTES = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -27,7 +24,6 @@ class Placement:
     device: str  # "cpu" or such as "cuda:1"
     cores: tuple[int, ...]  # CPU cores of the draft process
     memory_bytes: int  # of its KV cache
-    folder: str  # that target and draft share; nobody has made it yet
 
     @property
     def engine_cores(self) -> set[int]:
@@ -40,24 +36,24 @@ def place_draft(
     device: str | None,
     cores: str | None,
     memory: float | None,
-    shared_dir: str | None,
+    engine_id: str,
 ) -> Placement:
     """Check what the user said of the draft's place, and choose the rest.
 
     Args:
         parallel: the target's.
-        device, cores, memory, shared_dir: `ssd_draft_device`, `ssd_draft_cores`, `ssd_draft_memory` (GiB) and
-            `ssd_shared_dir`, None where the user gave none.
+        device, cores, memory: `ssd_draft_device`, `ssd_draft_cores` and `ssd_draft_memory` (GiB), None where
+            the user gave none.
+        engine_id: the engine's own name.
 
     Raises:
         ValueError: if there is no such device, core or memory; one line says what to change.
     """
-    folder = _shared_folder(shared_dir)
     device = _choose_device(device, parallel)
     memory = memory or _DRAFT_MEMORY[device.partition(":")[0]]
     _check_memory(memory, device)
-    chosen = choose_draft_cores(cores, device, folder)
-    return Placement(device, tuple(chosen), int(memory * GIB), str(folder))
+    chosen = choose_draft_cores(cores, device, engine_id)
+    return Placement(device, tuple(chosen), int(memory * GIB))
 
 
 def parse_gib(text: str) -> Any:
@@ -107,14 +103,3 @@ def _check_memory(asked: float, device: str) -> None:
             f" for {asked:.0f} bytes write {asked / GIB:.3g}" if 1 << 20 <= asked < 1 << 50 else " lower it"
         )
         raise ValueError(f"ssd_draft_memory={asked:g} is in GiB, and {where} has {there:.1f} GiB;{meant}")
-
-
-def _shared_folder(parent: str | None) -> Path:
-    """A name for the engine's folder."""
-    folder = name_shared_folder(parent)
-    if len(os.fsencode(folder)) > MAX_FOLDER_BYTES:
-        raise ValueError(
-            f"ssd_shared_dir={str(folder.parent)!r} is too long for the path of a socket; "
-            f"choose one of at most {MAX_FOLDER_BYTES - NAME_BYTES - 1} bytes"
-        )
-    return folder

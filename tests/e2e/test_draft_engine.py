@@ -64,16 +64,13 @@ class Model:
 
 
 @pytest.fixture(scope="module")
-def model(
-    engines: Engines, pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Model]:
+def model(engines: Engines, pair: tuple[Path, Path]) -> Iterator[Model]:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     from vllm_ssd.draft.engine import DraftEngine
 
     engines.close()  # one of them has this process's distributed state
     asked = SETUP.configure(
-        tmp_path_factory.mktemp("draft"),
         model=str(pair[1]),
         engine_args={"dtype": "float32", "max_model_len": 512, "block_size": BLOCK},
     )

@@ -6,17 +6,18 @@ import logging
 import math
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from engines import Engines, generate, greedy_params, is_running, metric, ssd, stats
+from engines import Engines, generate, greedy_params, is_running, ssd, stats
 
 from vllm_ssd.link.counters import Counters
 from vllm_ssd.link.messages import Sampling
@@ -150,26 +151,18 @@ def test_killed(serving: Serving, log: Messages) -> None:
     assert stats(serving.llm)["draft_restarts"] == restarts + 1
 
 
-def test_the_shared_folder_is_removed(serving: Serving, log: Messages) -> None:
-    """As systemd does when its user logs out: counters, metrics and the next draft do not miss it."""
-    from vllm_ssd.link.memory import LOCK_FILE
+def test_nothing_of_ours_has_a_name(serving: Serving) -> None:
+    """No file and no folder: whatever kills whom leaves nothing, and no cleaner removes what is in use."""
+    draft = psutil.Process(serving.pid)
+    ours = {file for file in (*files_of(draft), *files_of(psutil.Process())) if "ssd" in Path(file).name}
+    assert ours == {"/memfd:vllm-ssd (deleted)"}
+    named = [file for file in files_of(draft) if file.startswith(("/dev/shm/", tempfile.gettempdir()))]
+    assert not [file for file in named if not file.endswith((".safetensors", "(deleted)"))]
 
-    folder = Path(serving.llm.llm_engine.vllm_config.speculative_config.placement.folder)
-    shutil.rmtree(folder)
-    before = stats(serving.llm)
-    serving.wait_for_hits()
-    assert metric(serving.llm, "vllm:ssd_cache_hits") > before["hits"]
-    pid = serving.pid
-    serving.answer(after_steps=lambda: os.kill(pid, signal.SIGKILL))
-    serving.answer_until(lambda counted: counted["draft_restarts"] > before["draft_restarts"])
-    serving.answer_until(lambda counted: counted["draft"]["state"] == "ready")
-    assert serving.pid != pid
-    steps = stats(serving.llm)["draft"]["steps"]
-    serving.wait_for_hits()
-    assert stats(serving.llm)["draft"]["steps"] > steps
-    assert metric(serving.llm, "vllm:ssd_draft_steps") > steps
-    assert (folder / LOCK_FILE).exists()
-    assert log.count("starting it again") == 1
+
+def files_of(process: psutil.Process) -> list[str]:
+    """What a process has opened or mapped."""
+    return [*(file.path for file in process.open_files()), *(area.path for area in process.memory_maps())]
 
 
 class Sleeper(DraftProcess):
@@ -273,33 +266,37 @@ def wait_until(done: Callable[[], bool], what: str) -> None:
 
 
 PARENT = """
-import sys, time
-from pathlib import Path
+import socket, sys, time
 import msgspec
-from vllm_ssd.link.messages import Configure, Failed, Ready
-from vllm_ssd.link.transport import Channel
-from vllm_ssd.link.counters import DRAFT_COUNTERS_FILE, DRAFT_FIELDS, Counters
-from vllm_ssd.target.launch import DraftProcess
+from vllm_ssd.link.counters import DRAFT_FIELDS, Counters
+from vllm_ssd.link.messages import Configure, Descriptors, Failed, Ready
 from vllm_ssd.link.outcome_cache import OutcomeCache
+from vllm_ssd.link.transport import SocketChannel
+from vllm_ssd.target.launch import DraftProcess
 asked = msgspec.json.decode(sys.stdin.readline(), type=Configure)
-folder = Path(asked.shared_dir)
-Counters(folder / DRAFT_COUNTERS_FILE, DRAFT_FIELDS, create=True)
+ours, drafts = socket.socketpair()
+counters = Counters(DRAFT_FIELDS)
 sizes = asked.max_slots, asked.branch_budget, asked.num_speculative_tokens, asked.vocab_size
-OutcomeCache(folder, *sizes, create=True)
-channel = Channel(asked.address, bind=True, receives=Ready | Failed)
-process = DraftProcess(asked)
+cache = OutcomeCache(*sizes)
+inherited = Descriptors(
+    socket=drafts.fileno(),
+    counters=counters.descriptor,
+    outcome_cache=cache.descriptor,
+    draft_probs=None,
+)
+channel = SocketChannel(ours, receives=Ready | Failed)
+process = DraftProcess(msgspec.structs.replace(asked, inherited=inherited))
+drafts.close()
 print("DRAFT", process.pid, channel.receive(150_000), flush=True)
 time.sleep(1000)
 """
 
 
-def test_the_draft_ends_when_its_parent_is_killed(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_draft_ends_when_its_parent_is_killed(pair: tuple[Path, Path]) -> None:
     import msgspec
     from wire import configure
 
     asked = configure(
-        tmp_path,
-        address=str(tmp_path / "s"),
         model=str(pair[1]),
         engine_args={"dtype": "float32", "max_model_len": 128, "block_size": 32},
         cores=[max(os.sched_getaffinity(0))],
@@ -319,4 +316,3 @@ def test_the_draft_ends_when_its_parent_is_killed(pair: tuple[Path, Path], tmp_p
         parent.kill()
         parent.wait()
     wait_until(lambda: not is_running(int(pid)), "the draft outlived its parent")
-    assert not tmp_path.exists()  # what was shared

@@ -153,11 +153,15 @@ def test_identical_when_preempted(
 
 
 def test_a_clean_shutdown_leaves_nothing(engines: Engines, pair: tuple[Path, Path]) -> None:
+    from vllm_ssd.link.announcement import ask
+
     llm = engines.get(pair[0], ssd(pair[1], 4), **few_blocks())
-    shared = Path(llm.llm_engine.vllm_config.speculative_config.placement.folder)
+    name = llm.llm_engine.vllm_config.speculative_config.engine_id
     pid = stats(llm)["draft"]["pid"]
-    assert shared.is_dir()
+    with ask(name):
+        pass
     assert is_running(pid)
     engines.close()
-    assert not shared.exists()
+    with pytest.raises(OSError, match="refused"), ask(name):
+        pass
     assert not is_running(pid)

@@ -182,11 +182,8 @@ def test_metrics(server: Server) -> None:
 def test_it_ends_cleanly(server: Server) -> None:
     """The last test with this server."""
     processes = [*psutil.Process(server.process.pid).children(recursive=True)]
-    (draft,) = server.drafts()
-    shared = {Path(f.path).parent for f in draft.memory_maps() if "vllm-ssd-" in f.path}
+    assert len(server.drafts()) == 1
     server.process.send_signal(signal.SIGTERM)
     server.process.wait(120)
     _, alive = psutil.wait_procs(processes, timeout=60)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
-    assert shared
-    assert not [folder for folder in shared if folder.exists()]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import random
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -76,10 +74,9 @@ class Setup:
     vocab: int = VOCAB
     max_model_len: int = 200
 
-    def configure(self, folder: Path, **changes: object) -> Configure:
+    def configure(self, **changes: object) -> Configure:
         """As the server is told."""
         return configure(
-            folder,
             num_speculative_tokens=self.num_drafts,
             fanout=self.fanout,
             branch_budget=self.budget,
@@ -127,17 +124,13 @@ class Target:
         table: Callable[[OutcomeCache], BranchTable] = lambda cache: cache,  # the draft's end of it
     ) -> None:
         self.setup = setup
-        self._folder = tempfile.TemporaryDirectory()
-        path = Path(self._folder.name)
         self.engine = engine or toy_engine(setup)
         self.oracle = oracle or ToyOracle(setup.vocab)
-        self.cache = OutcomeCache(
-            path, setup.max_slots, setup.budget, setup.num_drafts, setup.vocab, create=True
-        )
-        self.laws = DraftLaws(path, setup.max_slots, setup.num_drafts, setup.vocab, create=True)
-        self.counters = Counters(path / "draft", DRAFT_FIELDS, create=True)
+        self.cache = OutcomeCache(setup.max_slots, setup.budget, setup.num_drafts, setup.vocab)
+        self.laws = DraftLaws(setup.max_slots, setup.num_drafts, setup.vocab)
+        self.counters = Counters(DRAFT_FIELDS)
         self.server = DraftServer(
-            setup.configure(path),
+            setup.configure(),
             self.engine,
             None,  # type: ignore[arg-type]  # the tests call `handle` themselves
             table(self.cache),

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from vllm_ssd.link.messages import Configure
 
 DEFAULTS: dict[str, Any] = {
-    "address": "",
-    "shared_dir": "",
-    "table_dir": "",
     "model": "",
     "engine_args": {},
     "device": "cpu",
@@ -29,7 +25,6 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def configure(folder: Path | str, **changes: Any) -> Configure:
-    """A `Configure` whose shared files lie in `folder`."""
-    folders = {"shared_dir": str(folder), "table_dir": str(folder)}
-    return Configure(**(DEFAULTS | folders | changes))
+def configure(**changes: Any) -> Configure:
+    """The defaults, but for these changes."""
+    return Configure(**(DEFAULTS | changes))

@@ -54,9 +54,7 @@ def test_only_model_and_number_are_needed(pair: Pair) -> None:
     if len(os.sched_getaffinity(0)) > 1:
         assert min(os.sched_getaffinity(0)) not in place.cores
     assert place.memory_bytes == 1 << 29
-    assert "vllm-ssd-" in place.folder
-    assert not Path(place.folder).exists()  # configuring makes nothing
-    assert create(pair).speculative_config.placement.folder != place.folder
+    assert create(pair).speculative_config.engine_id != ssd.engine_id
 
 
 def test_options_that_the_user_left_open_stay_open(pair: Pair) -> None:
@@ -77,11 +75,8 @@ def test_options_are_kept(pair: Pair) -> None:
         ssd_fallback="ngram",
         ssd_draft_cores=str(first),
         ssd_wait_ms=1.5,
-        ssd_shared_dir="/var/tmp",
         max_model_len=128,
     ).speculative_config
-    assert config.ssd_shared_dir == "/var/tmp"
-    assert Path(config.placement.folder).parent == Path("/var/tmp")
     assert config.placement.cores == (first,)
     assert config.ssd_fanout == [4, 3, 1, 1, 1]
     assert config.ssd_draft_cores == str(first)
@@ -134,7 +129,6 @@ REFUSED: list[Any] = [
     ({"parallel_drafting": True}, ("parallel_drafting", "remove it")),
     ({"draft_tensor_parallel_size": 2}, ("draft_tensor_parallel_size",)),
     ({"ssd_saguaro_c": 0.5}, ("ssd_saguaro_c=0.5", "ssd_verify='ratio'")),
-    ({"ssd_shared_dir": "/dev/shm/" + 80 * "x"}, ("ssd_shared_dir", "at most 63 bytes")),
 ]
 
 
@@ -439,6 +433,7 @@ def test_every_option_that_is_not_honoured_is_refused(pair: Pair) -> None:
         {"num_speculative_tokens_per_batch_size": [[1, 4, 3]]},
         {"draft_model_config": {}},
         {"target_model_config": {}},
+        {"engine_id": "mine"},
     ],
     ids=lambda options: next(iter(options)),
 )
@@ -447,13 +442,16 @@ def test_options_of_other_methods(pair: Pair, options: dict[str, Any]) -> None:
     assert_one_line(refusal(pair, **options), "does not support", name, "remove it")
 
 
+KEPT = ("method", "model", "draft_load_config", "prompt_lookup_max", "engine_id")
+
+
 def test_a_config_that_is_made_again(pair: Pair) -> None:
     options = {"ssd_draft_cores": 0, "draft_load_config": {"load_format": "pt"}, "ssd_draft_memory": "1GiB"}
     ssd = create(pair, **options).speculative_config
     again = pickle.loads(pickle.dumps(ssd))
     again.__post_init__()
     for name in (field.name for field in fields(ssd)):
-        if name.startswith("ssd_") or name in ("method", "model", "draft_load_config", "prompt_lookup_max"):
+        if name.startswith("ssd_") or name in KEPT:
             assert getattr(again, name) == getattr(ssd, name), name
 
 
@@ -526,7 +524,6 @@ WRITTEN: list[tuple[str, str | None, Any, Any]] = [
     ("ssd_wait_ms", "2", 2, 2.0),
     ("ssd_ready_timeout", "60", "60", 60.0),
     ("ssd_stall_timeout", "1e1", 10, 10.0),
-    ("ssd_shared_dir", "/var/tmp", Path("/var/tmp"), "/var/tmp"),
 ]
 
 
@@ -613,7 +610,7 @@ def test_the_documents_have_the_options_with_their_defaults(document: str) -> No
     defaults = {
         field.name: getattr(field.default, "default", field.default)
         for field in fields(SSDSpeculativeConfig)
-        if field.name.startswith("ssd_") and field.name != "ssd_shared_dir"  # which is about to go
+        if field.name.startswith("ssd_")
     }
     assert told
     assert told.keys() <= defaults.keys()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from pathlib import Path
 
 import pytest
 from configs import Pair, assert_one_line, create, refusal
@@ -123,7 +122,7 @@ class TestCores:
     def chosen(cores: str | None = None) -> list[int]:
         from vllm_ssd.cores import choose_draft_cores
 
-        return choose_draft_cores(cores, "cpu", Path())
+        return choose_draft_cores(cores, "cpu", "")
 
     def test_the_draft_takes_the_last_core(self) -> None:
         assert self.chosen() == [3]
@@ -215,18 +214,18 @@ def test_engines_that_have_to_share_are_told(
 
 
 def test_engines_tell_one_another_their_cores(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through their folders; one's own is none of the others'."""
+    """One's own is none of the others'."""
     from vllm_ssd import cores
-    from vllm_ssd.link.memory import SharedFolder
+    from vllm_ssd.link.announcement import Announcement
 
     stock = cores.cores_of_others
     on_cores(monkeypatch, {core: core for core in range(4)})
-    first = create(pair).speculative_config.placement
-    assert first.engine_cores == {0, 1, 3}
-    before = stock(Path(first.folder))  # of engines that run beside this test
-    folder = SharedFolder(Path(first.folder), first.engine_cores)
+    first = create(pair).speculative_config
+    assert first.placement.engine_cores == {0, 1, 3}
+    before = stock(first.engine_id)  # of engines that run beside this test
+    announcement = Announcement(first.engine_id, first.placement.engine_cores, [])
     try:
-        assert stock(Path(first.folder)) == before
-        assert stock(folder.path.with_name("another")) == before | {0, 1, 3}
+        assert stock(first.engine_id) == before
+        assert stock("another") == before | {0, 1, 3}
     finally:
-        folder.remove()
+        announcement.close()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -35,10 +33,9 @@ class Bench:
 
     may_fail = False
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.link = Link(self.new_cache("first"), DraftLaws(folder, SLOTS, K, VOCAB, create=True))
-        self.counters = Counters(folder / "target", target_fields(K), create=True)
+    def __init__(self) -> None:
+        self.link = Link(self.new_cache(), DraftLaws(SLOTS, K, VOCAB))
+        self.counters = Counters(target_fields(K))
         self.histories = Histories()
         self.slots: dict[str, int] = {}
         observer = RoundObserver(self.counters, Costs())
@@ -58,9 +55,8 @@ class Bench:
         )
         self.last_sampled = torch.zeros(SLOTS, dtype=torch.int64, device=DEVICE)
 
-    def new_cache(self, name: str) -> OutcomeCache:
-        (self.folder / name).mkdir()
-        return OutcomeCache(self.folder / name, SLOTS, BUDGET, K, VOCAB, create=True)
+    def new_cache(self) -> OutcomeCache:
+        return OutcomeCache(SLOTS, BUDGET, K, VOCAB)
 
     def start(self, name: str, slot: int, tokens: list[int]) -> Start | None:
         with self.deferred.lock:
@@ -92,14 +88,12 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
-    # For a GPU the table must lie in memory: newer kernels pin no pages of a file on a disk.
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if DEVICE == "cuda" else tmp_path) as folder:
-        made = Bench(Path(folder))
-        yield made
-        made.deferred.close()
-        assert not made.deferred._thread.is_alive()
-        assert made.may_fail or not made.deferred._failed  # a failure of the thread shows nowhere else
+def bench() -> Iterator[Bench]:
+    made = Bench()
+    yield made
+    made.deferred.close()
+    assert not made.deferred._thread.is_alive()
+    assert made.may_fail or not made.deferred._failed  # a failure of the thread shows nowhere else
 
 
 def test_the_draft_hears_what_the_device_found(bench: Bench) -> None:
@@ -174,7 +168,7 @@ def test_without_a_draft_and_with_another(bench: Bench) -> None:
     assert bench.step({"a": (1, 50)}) == [[]]
     assert bench.told() == []
     # The next draft has a table of its own and is told everything when its readiness is noticed.
-    bench.link.outcomes = bench.new_cache("second")
+    bench.link.outcomes = bench.new_cache()
     bench.link.news = News.READY
     assert bench.step({"a": (1, 55)}) == [[]]
     bench.deferred.proposed()

@@ -32,7 +32,7 @@ PRIVATE_BLOCKS = 100  # and on: the branches'
 
 
 @pytest.fixture(scope="module")
-def engine(engines: Engines, pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def engine(engines: Engines, pair: Pair) -> Iterator[Any]:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     from vllm_ssd.draft.engine import DraftEngine
@@ -40,7 +40,6 @@ def engine(engines: Engines, pair: Pair, tmp_path_factory: pytest.TempPathFactor
     engines.close()  # one of them has this process's distributed state
     engine = DraftEngine(
         configure(
-            tmp_path_factory.mktemp("draft"),
             model=str(pair[1]),
             device="cuda:0" if DEVICE == "cuda" else "cpu",
             engine_args={

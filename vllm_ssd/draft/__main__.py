@@ -1,40 +1,38 @@
 """python -m vllm_ssd.draft: the draft process.
 
 It reads one JSON line (`vllm_ssd.link.messages.Configure`) from standard input, loads its model, answers
-`Ready` or `Failed`, and serves until the target hangs up or standard input closes. Where that happens without
-a farewell (`vllm_ssd.target.launch`), its parent has died, in whatever way, and what the two shared is
-removed here.
+`Ready` or `Failed`, and serves until the target hangs up or standard input closes: then its parent has died,
+in whatever way. What the two share has no names, so nothing is left to remove.
 """
 
 from __future__ import annotations
 
 import gc
 import os
-import shutil
 import signal
+import socket
 import sys
 import threading
 import traceback
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from vllm_ssd.link.messages import (
     PROTOCOL_VERSION,
     Configure,
+    Descriptors,
     Failed,
     Ready,
     ToDraft,
 )
-from vllm_ssd.link.transport import Channel
+from vllm_ssd.link.transport import Channel, SocketChannel
 
 if TYPE_CHECKING:
     from vllm_ssd.draft.engine import DraftEngine
     from vllm_ssd.link.outcome_cache_gpu import GpuOutcomeCache
 
-CLEANING_UP_S = 1.0
 UNSUPPORTED = "UnsupportedDraft"  # of `vllm_ssd.draft.loading`, which may be what cannot be imported
 
 
@@ -45,35 +43,35 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     configure = msgspec.json.decode(sys.stdin.buffer.readline(), type=Configure)
     os.sched_setaffinity(0, configure.cores)
-    watcher = threading.Thread(target=_exit_with_parent, args=(configure,), daemon=True)
-    watcher.start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    exit_code = 0
     try:
         _serve(configure)
     except Exception:
         traceback.print_exc()
-        _exit_failed(watcher)
-    watcher.join()  # whoever hangs up closes standard input too
+        exit_code = 1
+    # Without Python's own shutting down, which would wait for standard input: a thread is reading it.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def _serve(configure: Configure) -> None:
-    channel = Channel(configure.address, bind=False, receives=ToDraft)
+    inherited = configure.inherited
+    if inherited is None:
+        raise ValueError("the draft process is for the target's worker to start")
+    for descriptor in inherited.all():
+        os.set_inheritable(descriptor, False)  # no child of ours is to hold the line
+    channel = SocketChannel(socket.socket(fileno=inherited.socket), receives=ToDraft)
     try:
-        server = _build_server(configure, channel)
+        server = _build_server(configure, inherited, channel)
     except Exception as error:
         channel.send(Failed(f"{type(error).__name__}: {error}", is_final=type(error).__name__ == UNSUPPORTED))
         raise
     server.run()
 
 
-def _exit_failed(watcher: threading.Thread) -> NoReturn:
-    """Without Python's own shutting down, which would wait for standard input: the watcher is reading it."""
-    watcher.join(CLEANING_UP_S)  # if we failed because our parent died, it has something to remove
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)
-
-
-def _build_server(configure: Configure, channel: Channel):  # type: ignore[no-untyped-def]
+def _build_server(configure: Configure, inherited: Descriptors, channel: Channel):  # type: ignore[no-untyped-def]
     if configure.protocol != PROTOCOL_VERSION:
         raise ValueError(f"target speaks protocol {configure.protocol}, this draft {PROTOCOL_VERSION}")
     # Imports and the model leave some 700,000 objects that stay. Garbage collections amid the imports take a
@@ -83,7 +81,7 @@ def _build_server(configure: Configure, channel: Channel):  # type: ignore[no-un
     from vllm_ssd import register
     from vllm_ssd.draft.engine import DraftEngine
     from vllm_ssd.draft.server import DraftServer
-    from vllm_ssd.link.counters import DRAFT_COUNTERS_FILE, DRAFT_FIELDS, Counters
+    from vllm_ssd.link.counters import DRAFT_FIELDS, Counters
     from vllm_ssd.link.draft_probs import DraftLaws
     from vllm_ssd.link.outcome_cache import OutcomeCache
     from vllm_ssd.plan.speed_model import measure_line
@@ -97,23 +95,21 @@ def _build_server(configure: Configure, channel: Channel):  # type: ignore[no-un
     engine.leave_process_groups()
     step_times = measure_line(engine.run_on_scratch_blocks, 1, configure.max_rows)
     cache = OutcomeCache(
-        Path(configure.table_dir),
         configure.max_slots,
         configure.branch_budget,
         configure.num_speculative_tokens,
         configure.vocab_size,
-        create=False,
+        inherited.outcome_cache,
     )
     laws = None
-    if not configure.is_coupled:
+    if inherited.draft_probs is not None:
         laws = DraftLaws(
-            Path(configure.table_dir),
             configure.max_slots,
             configure.num_speculative_tokens,
             engine.vocab_size,
-            create=False,
+            inherited.draft_probs,
         )
-    counters = Counters(Path(configure.shared_dir) / DRAFT_COUNTERS_FILE, DRAFT_FIELDS, create=False)
+    counters = Counters(DRAFT_FIELDS, inherited.counters)
     counters.set("messages", 0)
     gc.collect()
     gc.freeze()
@@ -140,10 +136,8 @@ def _open_gpu_cache(configure: Configure, engine: DraftEngine) -> GpuOutcomeCach
     return GpuOutcomeCache(entries, engine.device)
 
 
-def _exit_with_parent(configure: Configure) -> None:
-    farewell = sys.stdin.buffer.read()
-    if not farewell:
-        shutil.rmtree(configure.shared_dir, ignore_errors=True)
+def _exit_with_parent() -> None:
+    sys.stdin.buffer.read()
     os._exit(0)
 
 

@@ -92,7 +92,7 @@ class DraftEngine:
     def __init__(self, configure: Configure) -> None:
         self.config = engine_config(configure)
         self.device = torch.device(configure.device)
-        init_device(self.config, self.device, configure.table_dir)
+        init_device(self.config, self.device)
         with set_current_vllm_config(self.config):
             self.model = get_model(vllm_config=self.config)
             self.kv_cache_config = plan_kv_cache(self.config, configure.memory_bytes)

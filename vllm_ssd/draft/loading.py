@@ -17,6 +17,7 @@ from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
 from vllm.v1.worker.workspace import init_workspace_manager
 
 from vllm_ssd.compat import kv_cache_config, supported_kv_cache_layouts
+from vllm_ssd.link.memory import anonymous_file
 from vllm_ssd.link.messages import Configure
 
 _RESERVED_BLOCKS = 2  # vLLM's null block, and one for what fills up a graph's batch
@@ -49,12 +50,8 @@ def engine_config(configure: Configure) -> VllmConfig:
     return args.create_engine_config()
 
 
-def init_device(config: VllmConfig, device: torch.device, folder: str) -> None:
-    """What a vLLM worker does before it loads a model, for a world of one process.
-
-    Args:
-        folder: for the file by which vLLM's processes find one another.
-    """
+def init_device(config: VllmConfig, device: torch.device) -> None:
+    """What a vLLM worker does before it loads a model, for a world of one process."""
     if device.type == "cpu":
         import_module("vllm.v1.worker.cpu.shm")
     else:
@@ -63,9 +60,11 @@ def init_device(config: VllmConfig, device: torch.device, folder: str) -> None:
     current_platform.import_kernels()
     config.kernel_config.ir_op_priority.set_default()
     ir.set_default_torch_wrap(config.compilation_config.ir_enable_torch_wrap)
+    # By which vLLM's processes find one another; without a name, and in use until this process ends.
+    rendezvous = f"file:///proc/self/fd/{anonymous_file()}"
     with set_current_vllm_config(config):
         init_worker_distributed_environment(
-            config, 0, f"file://{folder}/rendezvous", device.index or 0, current_platform.dist_backend
+            config, 0, rendezvous, device.index or 0, current_platform.dist_backend
         )
 
 

@@ -1,18 +1,12 @@
-"""Named int64 counters in a shared file: each file has one writer, any process may read (pure)."""
+"""Named int64 counters in shared memory: each block has one writer, any process may read (pure)."""
 
 from __future__ import annotations
 
-import os
-import weakref
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
-from vllm_ssd.link.memory import map_array
-
-TARGET_COUNTERS_FILE = "target-counters"
-DRAFT_COUNTERS_FILE = "draft-counters"
+from vllm_ssd.link.memory import SharedMemory
 
 DRAFT_FIELDS = (
     "messages",  # messages read since this draft process began (reset by each)
@@ -55,35 +49,22 @@ def target_fields(num_speculative_tokens: int) -> tuple[str, ...]:
 
 
 class Counters:
-    """A fixed list of named int64 values in one file.
+    """A fixed list of named int64 values.
 
     Args:
-        path: the shared file.
         fields: the names, the same in every process.
-        create: True in the process that owns the file; the others find it there.
+        descriptor: of the memory, where another process made it (see `SharedMemory`).
     """
 
-    def __init__(self, path: Path, fields: Sequence[str], *, create: bool) -> None:
-        self._values = map_array(path, np.int64, (len(fields),), create=create)
+    def __init__(self, fields: Sequence[str], descriptor: int | None = None) -> None:
+        self._memory = SharedMemory(8 * len(fields), descriptor)
+        self._values = self._memory.array(np.int64, (len(fields),))
         self._index = {name: index for index, name in enumerate(fields)}
-        self._path = path
-        self._descriptor: int | None = None
-        if create:
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            weakref.finalize(self, os.close, self._descriptor)
 
-    def restore_name(self) -> None:
-        """In the process that owns the file: let others find it again, if its name has been removed.
-
-        What was mapped stays in use by all that had mapped it, so the name leads to that, and to no new file.
-
-        Raises:
-            OSError: if the folder is not there.
-        """
-        assert self._descriptor is not None
-        if not self._path.exists():
-            self._path.unlink(missing_ok=True)
-            self._path.symlink_to(f"/proc/{os.getpid()}/fd/{self._descriptor}")
+    @property
+    def descriptor(self) -> int:
+        """By which another process maps them."""
+        return self._memory.descriptor
 
     def add(self, name: str, amount: int = 1) -> None:
         self._values[self._index[name]] += amount

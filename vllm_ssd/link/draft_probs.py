@@ -9,16 +9,15 @@ order.
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
 
 import numpy as np
 import numpy.typing as npt
 
-from vllm_ssd.link.memory import map_array
+from vllm_ssd.link.memory import SharedMemory
 
 Float32Array = npt.NDArray[np.float32]
 
-LAWS_FILE, KEYS_FILE = "draft-laws", "draft-laws-keys"
 EPOCH, ROUND, DEPTH = range(3)
 
 
@@ -26,34 +25,38 @@ class DraftLaws:
     """Both halves' view of the table.
 
     Args:
-        shared_dir: folder both processes see, in memory if possible.
         max_slots: requests at once.
         num_speculative_tokens: K.
         vocab_size: V.
-        create: True in the process that owns the files (the target's worker).
+        descriptor: of the memory, in the draft's process; the target's worker makes it (`SharedMemory`).
 
     Raises:
         OSError: if there is no room for the table; the message says what would help.
     """
 
     def __init__(
-        self, shared_dir: Path, max_slots: int, num_speculative_tokens: int, vocab_size: int, *, create: bool
+        self,
+        max_slots: int,
+        num_speculative_tokens: int,
+        vocab_size: int,
+        descriptor: int | None = None,
     ) -> None:
-        shape = (max_slots, num_speculative_tokens, vocab_size)
-        self._paths = (shared_dir / LAWS_FILE, shared_dir / KEYS_FILE)
+        keys, laws = (max_slots, 3), (max_slots, num_speculative_tokens, vocab_size)
+        key_bytes = 8 * math.prod(keys)
         try:
-            self._laws: Float32Array = map_array(self._paths[0], np.float32, shape, create=create)
+            self._memory = SharedMemory(key_bytes + 4 * math.prod(laws), descriptor)
         except OSError as error:
             raise OSError(
                 f"{error}; it is for the draft's laws (max_num_seqs x num_speculative_tokens x vocabulary): "
                 "lower max_num_seqs, or use ssd_verify='coupled', which needs none"
             ) from error
-        self._keys = map_array(self._paths[1], np.int64, (max_slots, 3), create=create)
+        self._keys = self._memory.array(np.int64, keys)
+        self._laws = self._memory.array(np.float32, laws, key_bytes)
 
-    def unlink(self) -> None:
-        """Take the files' names away, see `OutcomeCache.unlink`."""
-        for path in self._paths:
-            path.unlink(missing_ok=True)
+    @property
+    def descriptor(self) -> int:
+        """By which the draft's process maps it."""
+        return self._memory.descriptor
 
     def publish(self, slot: int, epoch: int, round_: int, laws: list[Float32Array]) -> None:
         """Write the laws of the drafts that are verified in `round_`, one of [V] each."""

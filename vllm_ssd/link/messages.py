@@ -10,18 +10,30 @@ from typing import Any
 
 import msgspec
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 GREEDY_BELOW = 1e-5  # temperature, as vLLM has it (`vllm.sampling_params._SAMPLING_EPS`)
+
+
+class Descriptors(msgspec.Struct, frozen=True, kw_only=True):
+    """Files without names that the draft process inherits from the target's worker, by their numbers."""
+
+    socket: int
+    counters: int  # the draft's, which outlive its process
+    outcome_cache: int
+    draft_probs: int | None  # None where verification needs none
+
+    def all(self) -> list[int]:
+        """The numbers alone."""
+        given = (self.socket, self.counters, self.outcome_cache, self.draft_probs)
+        return [descriptor for descriptor in given if descriptor is not None]
 
 
 class Configure(msgspec.Struct, frozen=True, kw_only=True):
     """Everything the draft process has to know before it loads its model."""
 
     protocol: int = PROTOCOL_VERSION
-    address: str  # where the target's worker listens: the path of a Unix socket
-    shared_dir: str  # folder of the counters, which outlive a draft process
-    table_dir: str  # folder of this draft process's outcome cache
-    gpu_table: bytes | None = None  # the handle of another, in the memory of the target's GPU
+    inherited: Descriptors | None = None  # those of this draft process
+    gpu_table: bytes | None = None  # the handle of an outcome cache in the memory of the target's GPU
     model: str
     engine_args: dict[str, Any]  # further vllm.EngineArgs fields: dtype, max_model_len, ...
     device: str  # "cpu" or a GPU, such as "cuda:1"
@@ -134,7 +146,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True, array_like=True):
     step_base: float  # seconds of a step over no row, as measured
     step_per_row: float  # and of each further row
     max_model_len: int  # tokens of a request and its drafts; longer ones it cannot serve
-    uses_gpu_table: bool = False  # and not the one in its folder
+    uses_gpu_table: bool = False  # and not the one in the host's memory
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True, array_like=True):

@@ -12,13 +12,13 @@ like any other, and the draft then sees that another than its own was verified.
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from vllm_ssd.link.memory import map_array
+from vllm_ssd.link.memory import SharedMemory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +30,6 @@ KEY = slice(EPOCH, DEPTH)
 DECLINED = -1  # depth of an outcome that the draft was asked about and cannot draft for
 NOT_INTRODUCED = -1  # epoch of a request that the draft does not know; no entry has it
 NO_ENTRY = -1  # place of a row whose drafts go nowhere
-TABLE_FILE = "outcome-cache"
 
 
 class Outcome(NamedTuple):
@@ -44,37 +43,43 @@ class Outcome(NamedTuple):
 
 
 class OutcomeCache:
-    """A table of [max_slots, branch_budget] entries in a shared file.
+    """A table of [max_slots, branch_budget] entries in shared memory.
 
     Args:
-        shared_dir: folder both processes see, in memory if possible.
         max_slots: requests at once.
         branch_budget: entries of a slot.
         num_speculative_tokens: K, the drafts an entry can hold.
         vocab_size: V; what is no token of it is not served, whoever has written it.
-        create: True in the process that owns the file (the target's worker).
+        descriptor: of the memory, in the draft's process; the target's worker makes it (`SharedMemory`).
+
+    Raises:
+        OSError: if there is no room for it; the message says what would help.
     """
 
     def __init__(
         self,
-        shared_dir: Path,
         max_slots: int,
         branch_budget: int,
         num_speculative_tokens: int,
         vocab_size: int,
-        *,
-        create: bool,
+        descriptor: int | None = None,
     ) -> None:
         shape = (max_slots, branch_budget, FIRST_DRAFT + num_speculative_tokens)
-        self._path = shared_dir / TABLE_FILE
-        self.entries: Int64Array = map_array(self._path, np.int64, shape, create=create)
+        try:
+            self._memory = SharedMemory(8 * math.prod(shape), descriptor)
+        except OSError as error:
+            raise OSError(
+                f"{error}; it is for the outcome cache (max_num_seqs x ssd_branch_budget): lower one of them"
+            ) from error
+        self.entries: Int64Array = self._memory.array(np.int64, shape)
         self.num_speculative_tokens = num_speculative_tokens
         self._vocab_size = vocab_size
         self.gpu_entries: Tensor | None = None  # if there, the draft publishes in these (`outcome_gpu`)
 
-    def unlink(self) -> None:
-        """Take the file's name away, once both halves have mapped it: it ends with the last of them."""
-        self._path.unlink(missing_ok=True)
+    @property
+    def descriptor(self) -> int:
+        """By which the draft's process maps it."""
+        return self._memory.descriptor
 
     def look_up(self, outcomes: list[Outcome]) -> list[list[int] | None]:
         """For each outcome the drafts that continue it, to the depth reached; None where it has no entry.

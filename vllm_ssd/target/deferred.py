@@ -227,15 +227,12 @@ class DeferredRounds:
             from vllm.v1.kv_offload.cpu.host_register import host_register  # clears CUDA's error if it fails
 
             if not host_register(entries.data_ptr(), entries.numel() * entries.element_size()):
-                logger.error(
-                    "SSD: the GPU cannot read the outcome cache; decoding goes on without drafts. "
-                    "Set ssd_shared_dir to a folder in memory, such as /dev/shm"
-                )
+                logger.error("SSD: the GPU cannot read the outcome cache; decoding goes on without drafts")
                 return None
         return entries
 
     def _unmap(self) -> None:
-        """Before its file is unmapped: what is mapped there next would be taken for registered."""
+        """Before its memory is unmapped: what is mapped there next would be taken for registered."""
         if self._entries is not None and self._device.type == "cuda" and not self._entries.is_cuda:
             from vllm.v1.kv_offload.cpu.host_register import host_unregister
 

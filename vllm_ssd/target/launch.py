@@ -16,15 +16,19 @@ from vllm_ssd.link.messages import Configure
 _OPENMP_BINDING = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES", "OMP_PROC_BIND")
 _EXIT_GRACE_S = 3.0
 _KILL_GRACE_S = 1.0  # a process that the kernel cannot end may be waiting for a driver
-_FAREWELL = b"."
 
 
 class DraftProcess:
     """A running `python -m vllm_ssd.draft`.
 
     `subprocess` and not `multiprocessing`, because vLLM's workers are daemons, which may not have
-    `multiprocessing` children. The process ends by itself when this one dies: its standard input closes,
-    and without a farewell, so that it knows to remove what was shared.
+    `multiprocessing` children. The process ends by itself when this one dies: its standard input closes.
+
+    Args:
+        configure: what it is told; of this process's descriptors it gets those that are named there alone.
+
+    Raises:
+        OSError: if the system cannot start it.
     """
 
     def __init__(self, configure: Configure) -> None:
@@ -38,7 +42,11 @@ class DraftProcess:
         environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         environment["VLLM_LOGGING_PREFIX"] = "[ssd draft] "
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "vllm_ssd.draft"], stdin=subprocess.PIPE, env=environment, bufsize=0
+            [sys.executable, "-m", "vllm_ssd.draft"],
+            stdin=subprocess.PIPE,
+            env=environment,
+            bufsize=0,
+            pass_fds=() if configure.inherited is None else configure.inherited.all(),
         )
         assert self._process.stdin is not None
         self._process.stdin.write(msgspec.json.encode(configure) + b"\n")
@@ -53,12 +61,12 @@ class DraftProcess:
 
     def kill(self) -> None:
         """End it without waiting: `exit_code` tells when it has gone."""
-        self._say_farewell()
+        self._close_stdin()
         self._process.kill()
 
     def stop(self) -> None:
         """Ask it to end, and kill it if it has not gone after some seconds."""
-        self._say_farewell()
+        self._close_stdin()
         try:
             self._process.wait(_EXIT_GRACE_S)
         except subprocess.TimeoutExpired:
@@ -66,12 +74,9 @@ class DraftProcess:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_KILL_GRACE_S)
 
-    def _say_farewell(self) -> None:
-        stdin = self._process.stdin
-        assert stdin is not None
-        if not stdin.closed:
-            with contextlib.suppress(OSError), stdin:  # it may have gone by itself
-                stdin.write(_FAREWELL)
+    def _close_stdin(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
 
 
 def _module_path() -> str:

@@ -17,28 +17,28 @@ because of the draft: outside of `ready` there is no outcome cache to ask.
 
 from __future__ import annotations
 
-import shutil
 import signal
+import socket
 import time
 from collections.abc import Callable
 from enum import Enum
-from pathlib import Path
 
 import msgspec
 from torch import Tensor
 from vllm.logger import init_logger
 
-from vllm_ssd.link.counters import DRAFT_COUNTERS_FILE, DRAFT_FIELDS, Counters
+from vllm_ssd.link.counters import DRAFT_FIELDS, Counters
 from vllm_ssd.link.draft_probs import DraftLaws
 from vllm_ssd.link.messages import (
     Configure,
+    Descriptors,
     Failed,
     Ready,
     Reset,
     ToDraft,
 )
 from vllm_ssd.link.outcome_cache import OutcomeCache
-from vllm_ssd.link.transport import Channel
+from vllm_ssd.link.transport import Channel, SocketChannel
 from vllm_ssd.target.draft_link import News
 from vllm_ssd.target.launch import DraftProcess
 
@@ -75,13 +75,12 @@ class DraftSupervisor:
     """Owns the draft process, the channel to it and its outcome cache.
 
     Args:
-        configure: what the draft is told; the address and table folder are filled in for each process.
+        configure: what the draft is told; what it inherits is filled in for each process.
         counters: the target's counters.
         ready_timeout_s: how long a draft may take to load.
         stall_timeout_s: how long a draft may leave messages unread; longer where its steps are.
         allocate: makes a table in the memory of the target's GPU (`outcome_gpu.allocate_table`); None where
             the host needs to read it.
-        restore_folder: makes the shared folder anew if somebody has removed it (`SharedFolder.restore`).
     """
 
     def __init__(
@@ -91,19 +90,14 @@ class DraftSupervisor:
         ready_timeout_s: float,
         stall_timeout_s: float,
         allocate: AllocateTable | None = None,
-        *,
-        restore_folder: Callable[[], None],
     ) -> None:
         self._configure = configure
         self._counters = counters
         self._ready_timeout_s = ready_timeout_s
         self._stall_timeout_s = self._patience_s = stall_timeout_s
         self._allocate = allocate
-        self._restore_folder = restore_folder
-        shared_dir = Path(configure.shared_dir)
-        self.draft_counters = Counters(shared_dir / DRAFT_COUNTERS_FILE, DRAFT_FIELDS, create=True)
+        self.draft_counters = Counters(DRAFT_FIELDS)
         self._gpu_entries: Tensor | None = None
-        self._incarnation = 0
         self._num_deaths = 0  # in a row
         self._ready_since: float | None = None
         self.max_model_len = 0  # tokens that the draft can serve, once it is ready
@@ -218,37 +212,36 @@ class DraftSupervisor:
         logger.error("SSD draft %s; decoding goes on without it, until ssd_restart is called", reason)
 
     def close(self) -> None:
-        """Stop the draft and remove what was shared with it."""
+        """Stop the draft."""
         self._state = State.GONE
         self._counters.set("draft_alive", 0)
         self._process.stop()
         self._channel.close()
-        shutil.rmtree(self._table_dir, ignore_errors=True)
 
     def _spawn(self) -> None:
-        self._restore_folder()
-        for counters in (self._counters, self.draft_counters):
-            counters.restore_name()
-        self._incarnation += 1
-        self._table_dir = Path(self._configure.shared_dir) / f"draft-{self._incarnation}"
-        self._table_dir.mkdir()
-        address = str(self._table_dir / "socket")
-        self._cache: OutcomeCache | None = OutcomeCache(
-            self._table_dir,
+        cache = OutcomeCache(
             self._configure.max_slots,
             self._configure.branch_budget,
             self._configure.num_speculative_tokens,
             self._configure.vocab_size,
-            create=True,
         )
-        in_gpu = self._allocate(self._cache.entries.shape) if self._allocate is not None else None
+        laws = None if self._configure.is_coupled else self._make_laws()
+        self._cache: OutcomeCache | None = cache
+        self._laws: DraftLaws | None = laws
+        in_gpu = self._allocate(cache.entries.shape) if self._allocate is not None else None
         self._gpu_entries, handle = in_gpu or (None, None)
-        self._configure = msgspec.structs.replace(
-            self._configure, address=address, table_dir=str(self._table_dir), gpu_table=handle
-        )
-        self._laws: DraftLaws | None = None if self._configure.is_coupled else self._make_laws()
-        self._channel = Channel(address, bind=True, receives=Ready | Failed)
-        self._process = DraftProcess(self._configure)
+        ours, drafts = socket.socketpair()
+        self._channel: Channel = SocketChannel(ours, receives=Ready | Failed)
+        with drafts:  # or nobody would see that the draft has hung up
+            inherited = Descriptors(
+                socket=drafts.fileno(),
+                counters=self.draft_counters.descriptor,
+                outcome_cache=cache.descriptor,
+                draft_probs=None if laws is None else laws.descriptor,
+            )
+            self._process = DraftProcess(
+                msgspec.structs.replace(self._configure, inherited=inherited, gpu_table=handle)
+            )
         self._state = State.LOADING
         self._deadline = time.monotonic() + self._ready_timeout_s
         self._last_progress = time.monotonic()
@@ -257,20 +250,12 @@ class DraftSupervisor:
 
     def _make_laws(self) -> DraftLaws:
         return DraftLaws(
-            self._table_dir,
-            self._configure.max_slots,
-            self._configure.num_speculative_tokens,
-            self._configure.vocab_size,
-            create=True,
+            self._configure.max_slots, self._configure.num_speculative_tokens, self._configure.vocab_size
         )
 
     def _become_ready(self, message: Ready) -> None:
         assert self._cache is not None
         self._cache.gpu_entries = self._gpu_entries if message.uses_gpu_table else None
-        # Both have mapped them. Whatever kills whom from now on, no large file and no user's token is left.
-        for table in (self._cache, self._laws):
-            if table is not None:
-                table.unlink()
         self.max_model_len = message.max_model_len
         self.step_times = (message.step_base, message.step_per_row)
         longest_step_s = message.step_base + message.step_per_row * self._configure.prefill_chunk
@@ -387,7 +372,6 @@ class DraftSupervisor:
         """Kill the process, without waiting, and let go of what was shared with it."""
         self._process.kill()
         self._channel.close()
-        shutil.rmtree(self._table_dir, ignore_errors=True)
         self._counters.set("draft_alive", 0)
         self._cache = self._laws = self._gpu_entries = None  # memory that the next one's tables may need
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,8 @@ from vllm.logger import init_logger
 
 from vllm_ssd import compat
 from vllm_ssd.config import SSDSpeculativeConfig
-from vllm_ssd.link.counters import TARGET_COUNTERS_FILE, Counters, target_fields
-from vllm_ssd.link.memory import SharedFolder
+from vllm_ssd.link.announcement import Announcement
+from vllm_ssd.link.counters import Counters, target_fields
 from vllm_ssd.link.messages import Configure
 from vllm_ssd.plan.costs import Costs
 from vllm_ssd.plan.planner import FixedPlan, Plan, Planner, RoundPlanner
@@ -143,21 +142,22 @@ class TargetsDraft:
         ssd = vllm_config.speculative_config
         assert isinstance(ssd, SSDSpeculativeConfig)
         self._vllm_config, self._ssd = vllm_config, ssd
-        self._folder = SharedFolder(Path(ssd.placement.folder), ssd.placement.engine_cores)
-        fields = target_fields(ssd.num_speculative_tokens)
+        self._counters = Counters(target_fields(ssd.num_speculative_tokens))
+        self.supervisor = DraftSupervisor(
+            _configure(ssd, vllm_config),
+            self._counters,
+            ssd.ssd_ready_timeout,
+            ssd.ssd_stall_timeout,
+            allocate,
+        )
+        counters = (self._counters, self.supervisor.draft_counters)
+        self._announcement: Announcement | None = None
         try:
-            self._counters = Counters(self._folder.path / TARGET_COUNTERS_FILE, fields, create=True)
-            self.supervisor = DraftSupervisor(
-                _configure(ssd, vllm_config),
-                self._counters,
-                ssd.ssd_ready_timeout,
-                ssd.ssd_stall_timeout,
-                allocate,
-                restore_folder=self._folder.restore,
+            self._announcement = Announcement(
+                ssd.engine_id, ssd.placement.engine_cores, [each.descriptor for each in counters]
             )
-        except Exception:  # such as no room for the laws
-            self._folder.remove()
-            raise
+        except OSError as error:  # such as in a sandbox without such sockets
+            logger.warning("SSD's counters are not on /metrics and in the log line: %s", error)
         self._costs = Costs()
         self._planner: RoundPlanner = FixedPlan(Plan(ssd.num_speculative_tokens, ssd.ssd_branch_budget))
         self._proposer: Proposer | None = None
@@ -224,19 +224,17 @@ class TargetsDraft:
         return int(psutil.Process(self.supervisor.pid).memory_info().rss) + logits
 
     def close(self) -> None:
-        """Stop the draft and remove what was shared; once."""
+        """Stop the draft, and let nobody find the engine any more; once."""
+        if self._announcement is not None:
+            self._announcement.close()
         if self._close_runner is not None:
             self._close_runner()  # first, since it may be talking to the draft
         self.supervisor.close()
-        self._folder.remove()
 
 
 def _configure(ssd: SSDSpeculativeConfig, vllm_config: VllmConfig) -> Configure:
     draft = ssd.draft_model_config
     options = {
-        "address": "",
-        "shared_dir": ssd.placement.folder,
-        "table_dir": "",
         "model": draft.model_weights
         or draft.model,  # where vLLM fetched the config alone, it keeps the rest's
         "vocab_size": draft.get_vocab_size(),

@@ -27,8 +27,9 @@ def test_a_world_of_one_on_the_drafts_device(monkeypatch: pytest.MonkeyPatch, na
         loading, "current_platform", SimpleNamespace(import_kernels=note("kernels"), dist_backend="backend")
     )
     config, device = VllmConfig(), torch.device(name)
-    loading.init_device(config, device, "/folder")
-    assert done.pop("world") == (config, 0, "file:///folder/rendezvous", index, "backend")
+    monkeypatch.setattr(loading, "anonymous_file", lambda: 77)
+    loading.init_device(config, device)
+    assert done.pop("world") == (config, 0, "file:///proc/self/fd/77", index, "backend")
     assert done.pop("kernels") == ()
     assert done == ({"device": (device,), "workspace": (device, 1)} if name != "cpu" else {})
 

@@ -1,35 +1,29 @@
-"""Counters in a shared file, and what the metrics read from them."""
+"""Counters in shared memory, and what the metrics read from them."""
 
 from __future__ import annotations
 
 import gc
-import subprocess
-import sys
+import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import prometheus_client
 import pytest
 
-from vllm_ssd.link.counters import (
-    DRAFT_COUNTERS_FILE,
-    DRAFT_FIELDS,
-    TARGET_COUNTERS_FILE,
-    Counters,
-    target_fields,
-)
+from vllm_ssd.link.announcement import Announcement, new_engine_id
+from vllm_ssd.link.counters import DRAFT_FIELDS, Counters, target_fields
 
 
-def test_one_writes_and_another_reads(tmp_path: Path) -> None:
-    writer = Counters(tmp_path / "c", ("a", "b"), create=True)
-    reader = Counters(tmp_path / "c", ("a", "b"), create=False)
+def test_one_writes_and_another_reads() -> None:
+    writer = Counters(("a", "b"))
+    reader = Counters(("a", "b"), os.dup(writer.descriptor))
     writer.add("a")
     writer.add("a", 4)
     writer.set("b", -1)
     assert reader["a"] == 5
     assert reader.as_dict() == {"a": 5, "b": -1}
-    assert Counters(tmp_path / "c", ("a", "b"), create=True).as_dict() == {"a": 0, "b": 0}
+    assert Counters(("a", "b")).as_dict() == {"a": 0, "b": 0}
 
 
 def test_there_are_counters_for_every_accepted_length() -> None:
@@ -39,58 +33,60 @@ def test_there_are_counters_for_every_accepted_length() -> None:
     assert "hits_k4" not in fields
 
 
-def test_the_reader_tells_what_was_counted_and_what_was_added(tmp_path: Path) -> None:
+class Engine:
+    """The counters of an engine, which can be asked for."""
+
+    def __init__(self, engine_id: str, num_speculative_tokens: int = 2) -> None:
+        self.target, self.draft = Counters(target_fields(num_speculative_tokens)), Counters(DRAFT_FIELDS)
+        descriptors = [self.target.descriptor, self.draft.descriptor]
+        self._announcement = Announcement(engine_id, [], descriptors)
+
+    def end(self) -> None:
+        self._announcement.close()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Engine]]:
+    """Start engines, which end with the test."""
+    started: list[Engine] = []
+
+    def start(*args: Any) -> Engine:
+        started.append(Engine(*args))
+        return started[-1]
+
+    yield start
+    for engine in started:
+        engine.end()
+
+
+def test_the_reader_tells_what_was_counted_and_what_was_added(start: Callable[..., Engine]) -> None:
     from vllm_ssd.metrics import CounterReader
 
-    reader = CounterReader(tmp_path, 2)
-    assert reader.read() == {}  # the engine is not there yet
-    target = Counters(tmp_path / TARGET_COUNTERS_FILE, target_fields(2), create=True)
-    assert reader.read_increase() == {}
-    draft = Counters(tmp_path / DRAFT_COUNTERS_FILE, DRAFT_FIELDS, create=True)
-    target.add("hits", 3)
-    draft.add("steps", 7)
+    name = new_engine_id()
+    reader = CounterReader(name, 2)
+    assert reader.read() == reader.read_increase() == {}  # the engine is not there yet
+    engine = start(name)
+    engine.target.add("hits", 3)
+    engine.draft.add("steps", 7)
     first = reader.read_increase()
     assert (first["hits"], first["steps"]) == (3, 7)
-    target.add("hits", 2)
+    engine.target.add("hits", 2)
     second = reader.read_increase()
     assert (second["hits"], second["steps"]) == (2, 0)
     assert reader.read()["hits"] == 5
 
 
-def test_the_reader_goes_on_where_the_files_are_removed(tmp_path: Path) -> None:
-    """By a cleaner of temporary files, say: the engine counts on."""
+def test_the_reader_keeps_what_an_engine_has_counted(start: Callable[..., Engine]) -> None:
     from vllm_ssd.metrics import CounterReader
 
-    target = Counters(tmp_path / TARGET_COUNTERS_FILE, target_fields(2), create=True)
-    draft = Counters(tmp_path / DRAFT_COUNTERS_FILE, DRAFT_FIELDS, create=True)
-    reader = CounterReader(tmp_path, 2)  # has mapped them, though nobody has read yet
-    (tmp_path / DRAFT_COUNTERS_FILE).unlink()
-    (tmp_path / TARGET_COUNTERS_FILE).unlink()
-    target.add("hits", 2)
-    draft.add("steps", 3)
+    name = new_engine_id()
+    engine = start(name)
+    reader = CounterReader(name, 2)  # has mapped them, though nobody has read yet
+    engine.target.add("hits", 2)
+    engine.draft.add("steps", 3)
+    engine.end()
     counted = reader.read()
     assert (counted["hits"], counted["steps"]) == (2, 3)
-
-
-def test_counters_whose_name_was_removed_are_found_again(tmp_path: Path) -> None:
-    """By another process too, and they are the same ones."""
-    path = tmp_path / "c"
-    writer = Counters(path, ("a", "b"), create=True)
-    early = Counters(path, ("a", "b"), create=False)
-    writer.restore_name()
-    assert not path.is_symlink()  # nothing was missing
-    for _ in range(2):
-        path.unlink()
-        writer.restore_name()
-    writer.add("a", 3)
-    late = Counters(path, ("a", "b"), create=False)
-    late.set("b", 7)
-    assert writer.as_dict() == early.as_dict() == late.as_dict() == {"a": 3, "b": 7}
-    code = "import sys; assert open(sys.argv[1], 'r+b').read(1) == b'\\3'"
-    subprocess.run([sys.executable, "-c", code, str(path)], check=True, timeout=60)
-    del writer
-    gc.collect()
-    late.add("b")  # what is mapped stays
 
 
 @pytest.fixture
@@ -104,29 +100,26 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[prometheus_client.Coll
     return registry
 
 
-def start_frontend(folder: Path) -> None:
+def start_frontend(start: Callable[..., Engine], model: str) -> None:
     """What vLLM's `PrometheusStatLogger` does first when an engine of this name starts."""
     from vllm.v1.metrics.prometheus import unregister_vllm_metrics
     from vllm.v1.spec_decode.metrics import SpecDecodingProm
 
     from vllm_ssd.metrics import ssd_prometheus_class
 
-    folder.mkdir()
-    Counters(folder / DRAFT_COUNTERS_FILE, DRAFT_FIELDS, create=True)
-    target = Counters(folder / TARGET_COUNTERS_FILE, target_fields(2), create=True)
+    name = new_engine_id()
+    target = start(name).target
     target.add("wait_ns", 1_500_000_000)
     target.add("lookups", 7)
     target.set("draft_alive", 1)
     unregister_vllm_metrics()
-    speculation = SimpleNamespace(
-        method="ssd", placement=SimpleNamespace(folder=str(folder)), num_speculative_tokens=2
-    )
+    speculation = SimpleNamespace(method="ssd", engine_id=name, num_speculative_tokens=2)
 
     class Stock(SpecDecodingProm):
         def __init__(self, *args: object, **kwargs: object) -> None:
             """Without vLLM's own metrics."""
 
-    ssd_prometheus_class(Stock)(speculation, ["model_name", "engine"], {0: [folder.name, 0]})
+    ssd_prometheus_class(Stock)(speculation, ["model_name", "engine"], {0: [model, 0]})
 
 
 def clear(registry: prometheus_client.CollectorRegistry) -> None:
@@ -137,14 +130,14 @@ def clear(registry: prometheus_client.CollectorRegistry) -> None:
 
 @pytest.mark.parametrize("between", [lambda registry: None, clear], ids=["nothing", "cleared"])
 def test_prometheus_shows_the_counters_of_the_engine_that_is_there(
-    tmp_path: Path,
+    start: Callable[..., Engine],
     registry: prometheus_client.CollectorRegistry,
     between: Callable[[prometheus_client.CollectorRegistry], None],
 ) -> None:
     """A second engine in the process takes the first one's place, whatever became of that one's metrics."""
-    start_frontend(tmp_path / "old")
+    start_frontend(start, "old")
     between(registry)
-    start_frontend(tmp_path / "new")
+    start_frontend(start, "new")
     page = prometheus_client.generate_latest(registry).decode()
     assert 'vllm:ssd_cache_lookups_total{engine="0",model_name="new"} 7.0' in page
     assert 'vllm:ssd_wait_seconds_total{engine="0",model_name="new"} 1.5' in page
@@ -153,30 +146,32 @@ def test_prometheus_shows_the_counters_of_the_engine_that_is_there(
 
 
 def test_metrics_that_are_registered_by_somebody_else(
-    tmp_path: Path, registry: prometheus_client.CollectorRegistry
+    start: Callable[..., Engine], registry: prometheus_client.CollectorRegistry
 ) -> None:
     """Such as our module, loaded twice: the engine that starts takes their place."""
     from vllm_ssd.metrics import SSDCollector
 
     registry.register(SSDCollector(["model_name", "engine"], []))
-    start_frontend(tmp_path / "new")
+    start_frontend(start, "new")
     page = prometheus_client.generate_latest(registry).decode()
     assert page.count("# TYPE vllm:ssd_rounds_total counter") == 1
 
 
-def test_no_counters_are_no_failure_of_a_scrape(tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_no_failure_of_a_scrape(start: Callable[..., Engine]) -> None:
     """vLLM's own metrics are on the same page."""
     from vllm_ssd.metrics import CounterReader
 
-    reader = CounterReader(tmp_path, 2)
-    (tmp_path / TARGET_COUNTERS_FILE).touch()  # made, and not filled yet
-    assert reader.read() == {}
-    (tmp_path / TARGET_COUNTERS_FILE).unlink()
-    (tmp_path / TARGET_COUNTERS_FILE).mkdir()
-    assert reader.read() == {}
+    name = new_engine_id()
+    start(name, 2)
+    count = len(os.listdir("/proc/self/fd"))
+    reader = CounterReader(name, 16)  # more counters than there are
+    for _ in range(3):
+        assert reader.read() == {}
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= count
 
 
-def test_the_log_line_follows_vllms_own(tmp_path: Path) -> None:
+def test_the_log_line_follows_vllms_own(start: Callable[..., Engine]) -> None:
     from vllm_ssd.metrics import SSDSpecDecodingLogging
 
     said: list[str] = []
@@ -185,9 +180,10 @@ def test_the_log_line_follows_vllms_own(tmp_path: Path) -> None:
         def log(self, log_fn: Callable[..., None]) -> None:
             log_fn("SpecDecoding metrics: %d", 1)
 
-    target = Counters(tmp_path / TARGET_COUNTERS_FILE, target_fields(4), create=True)
-    draft = Counters(tmp_path / DRAFT_COUNTERS_FILE, DRAFT_FIELDS, create=True)
-    speculation = SimpleNamespace(placement=SimpleNamespace(folder=str(tmp_path)), num_speculative_tokens=4)
+    name = new_engine_id()
+    engine = start(name, 4)
+    target, draft = engine.target, engine.draft
+    speculation = SimpleNamespace(engine_id=name, num_speculative_tokens=4)
     line = SSDSpecDecodingLogging(Stock(), speculation)
 
     def log() -> list[str]:

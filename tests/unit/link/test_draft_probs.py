@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,13 +16,13 @@ from vllm_ssd.verify.noise import draft_seed
 
 
 @pytest.fixture
-def table(tmp_path: Path) -> DraftLaws:
-    return DraftLaws(tmp_path, 3, 4, 7, create=True)
+def table() -> DraftLaws:
+    return DraftLaws(3, 4, 7)
 
 
-def test_the_other_half_reads_what_was_written(table: DraftLaws, tmp_path: Path) -> None:
+def test_the_other_half_reads_what_was_written(table: DraftLaws) -> None:
     laws = np.random.default_rng(0).random((3, 7), dtype=np.float32)
-    DraftLaws(tmp_path, 3, 4, 7, create=False).publish(1, 20, 5, list(laws))
+    DraftLaws(3, 4, 7, os.dup(table.descriptor)).publish(1, 20, 5, list(laws))
     for num_drafts in (1, 2, 3):
         found = table.read(1, 20, 5, num_drafts)
         assert found is not None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +16,8 @@ SLOTS, BUDGET, K, VOCAB = 3, 6, 4, 1000
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> OutcomeCache:
-    return OutcomeCache(tmp_path, SLOTS, BUDGET, K, VOCAB, create=True)
+def cache() -> OutcomeCache:
+    return OutcomeCache(SLOTS, BUDGET, K, VOCAB)
 
 
 def open_three(cache: OutcomeCache) -> None:
@@ -99,13 +98,9 @@ KEYS = st.tuples(
 
 @settings(deadline=None)
 @given(rounds=st.lists(st.tuples(KEYS, st.integers(0, K)), max_size=12), asked=KEYS)
-def test_against_a_dictionary(
-    tmp_path_factory: pytest.TempPathFactory,
-    rounds: list[tuple[tuple[int, ...], int]],
-    asked: tuple[int, ...],
-) -> None:
+def test_against_a_dictionary(rounds: list[tuple[tuple[int, ...], int]], asked: tuple[int, ...]) -> None:
     """One branch a slot: the last one opened, to the depth published, is all that can be found."""
-    cache = OutcomeCache(tmp_path_factory.mktemp("cache"), SLOTS, BUDGET, K, VOCAB, create=True)
+    cache = OutcomeCache(SLOTS, BUDGET, K, VOCAB)
     known: dict[int, tuple[tuple[int, ...], list[int]]] = {}
     for number, (key, depth) in enumerate(rounds):
         slot, epoch, round_, k, token = key
@@ -118,20 +113,19 @@ def test_against_a_dictionary(
     assert cache.look_up([Outcome(*asked)]) == [chain if key == asked else None]
 
 
-def test_two_processes_share_it(cache: OutcomeCache, tmp_path: Path) -> None:
+def test_two_processes_share_it(cache: OutcomeCache) -> None:
     code = f"""
 import numpy as np
-from pathlib import Path
 from vllm_ssd.link.outcome_cache import OutcomeCache
-cache = OutcomeCache(Path({str(tmp_path)!r}), {SLOTS}, {BUDGET}, {K}, {VOCAB}, create=False)
+cache = OutcomeCache({SLOTS}, {BUDGET}, {K}, {VOCAB}, {cache.descriptor})
 cache.open_branches(2, 1, 7, 0, np.array([0, 1]), np.array([3, 4]))
 cache.publish(2, 1, 0, np.array([30, 40]))
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, pass_fds=[cache.descriptor])
     assert cache.look_up([Outcome(2, 7, 0, 0, 3), Outcome(2, 7, 0, 1, 4)]) == [[30], [40]]
 
 
-def test_creating_anew_forgets(cache: OutcomeCache, tmp_path: Path) -> None:
+def test_another_one_is_empty(cache: OutcomeCache) -> None:
     open_three(cache)
-    again = OutcomeCache(tmp_path, SLOTS, BUDGET, K, VOCAB, create=True)
+    again = OutcomeCache(SLOTS, BUDGET, K, VOCAB)
     assert again.look_up([Outcome(1, 5, 2, 0, 10)]) == [None]

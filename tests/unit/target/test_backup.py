@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -37,8 +35,8 @@ class LinkedDraft:
 
     step_seconds = 0.001
 
-    def __init__(self, folder: Path) -> None:
-        self.cache: OutcomeCache | None = OutcomeCache(folder, SLOTS, 8, K, VOCAB, create=True)
+    def __init__(self) -> None:
+        self.cache: OutcomeCache | None = OutcomeCache(SLOTS, 8, K, VOCAB)
         self.asked: list[MissedRow] = []
         self.naps = 0
         self.most = K  # tokens it makes
@@ -95,8 +93,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @pytest.fixture
-def draft(tmp_path: Path, clock: Clock) -> LinkedDraft:
-    clock.draft = LinkedDraft(tmp_path)
+def draft(clock: Clock) -> LinkedDraft:
+    clock.draft = LinkedDraft()
     return clock.draft
 
 

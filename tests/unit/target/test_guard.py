@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -57,8 +56,8 @@ def test_what_clients_choose_reaches_the_draft_in_bounds(params: Any) -> None:
 class Guarded(Bench):
     """With the guard before the proposer."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+    def __init__(self) -> None:
+        super().__init__()
         self.guard = Guard(self.proposer, self.probs, self.counters)
 
     def enter(self, name: str) -> Start:
@@ -74,8 +73,8 @@ class Guarded(Bench):
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Guarded:
-    return Guarded(tmp_path)
+def bench() -> Guarded:
+    return Guarded()
 
 
 class PlantedError(RuntimeError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,12 +49,12 @@ class AlwaysMore:
 class Bench:
     """A proposer and everything around it."""
 
-    def __init__(self, folder: Path, wait_s: float = 0.0) -> None:
+    def __init__(self, wait_s: float = 0.0) -> None:
         self.link = Link(
-            OutcomeCache(folder, SLOTS, BUDGET, K, VOCAB, create=True),
-            DraftLaws(folder, SLOTS, K, VOCAB, create=True),
+            OutcomeCache(SLOTS, BUDGET, K, VOCAB),
+            DraftLaws(SLOTS, K, VOCAB),
         )
-        self.counters = Counters(folder / "target", target_fields(K), create=True)
+        self.counters = Counters(target_fields(K))
         self.history = {name: list(tokens) for name, tokens in HISTORY.items()}
         self.observer = RoundObserver(self.counters, Costs())
         self.probs = ServedProbs(self.link, self.observer)
@@ -87,8 +86,8 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    return Bench(tmp_path)
+def bench() -> Bench:
+    return Bench()
 
 
 def test_a_start_carries_the_tokens(bench: Bench) -> None:
@@ -364,8 +363,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def test_waiting_ends_at_the_deadline(tmp_path: Path, clock: Clock) -> None:
-    bench = Bench(tmp_path, wait_s=0.002)
+def test_waiting_ends_at_the_deadline(clock: Clock) -> None:
+    bench = Bench(wait_s=0.002)
     a = bench.start("a")
     bench.link.publish(a, 0, 0, 50, [51])
     assert bench.proposer.propose(["a"], [[50]]) == [[51]]
@@ -373,8 +372,8 @@ def test_waiting_ends_at_the_deadline(tmp_path: Path, clock: Clock) -> None:
     assert bench.counters["wait_ns"] == pytest.approx(2e6, rel=0.1)
 
 
-def test_waiting_ends_with_full_depth(tmp_path: Path, clock: Clock) -> None:
-    bench = Bench(tmp_path, wait_s=10.0)
+def test_waiting_ends_with_full_depth(clock: Clock) -> None:
+    bench = Bench(wait_s=10.0)
     a = bench.start("a")
     bench.link.publish(a, 0, 0, 50, [51])
     clock.on_nap = lambda: bench.link.publish(a, 0, 0, 50, [51, 52, 53][: clock.naps])
@@ -382,9 +381,9 @@ def test_waiting_ends_with_full_depth(tmp_path: Path, clock: Clock) -> None:
     assert clock.naps == 3
 
 
-def test_nobody_waits_for_more_than_the_draft_was_asked_for(tmp_path: Path, clock: Clock) -> None:
+def test_nobody_waits_for_more_than_the_draft_was_asked_for(clock: Clock) -> None:
     """The plan has just been raised."""
-    bench = Bench(tmp_path, wait_s=10.0)
+    bench = Bench(wait_s=10.0)
     a = bench.start("a")
     bench.proposer.planner = FixedPlan(Plan(1, BUDGET))
     bench.proposer.propose(["a"], [[50]])
@@ -394,8 +393,8 @@ def test_nobody_waits_for_more_than_the_draft_was_asked_for(tmp_path: Path, cloc
     assert clock.naps == 0
 
 
-def test_nobody_waits_for_a_miss(tmp_path: Path, clock: Clock) -> None:
-    bench = Bench(tmp_path, wait_s=10.0)
+def test_nobody_waits_for_a_miss(clock: Clock) -> None:
+    bench = Bench(wait_s=10.0)
     bench.start("a")
     assert bench.proposer.propose(["a"], [[50]]) == [[3, 90, 91]]
     assert clock.naps == 0

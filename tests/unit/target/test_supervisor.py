@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
+import gc
+import os
+import socket
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from wire import configure
 
-from vllm_ssd.link.counters import DRAFT_COUNTERS_FILE, DRAFT_FIELDS, Counters, target_fields
+from vllm_ssd.link.counters import DRAFT_FIELDS, Counters, target_fields
+from vllm_ssd.link.draft_probs import DraftLaws
 from vllm_ssd.link.messages import (
     Configure,
     Failed,
@@ -20,6 +22,7 @@ from vllm_ssd.link.messages import (
     Reset,
     Stop,
 )
+from vllm_ssd.link.outcome_cache import Outcome, OutcomeCache
 from vllm_ssd.target import supervisor as supervisor_module
 from vllm_ssd.target.draft_link import News
 from vllm_ssd.target.supervisor import (
@@ -47,11 +50,17 @@ class Process:
     def __init__(self, asked: Configure) -> None:
         Process.count += 1
         Process.last = self
-        self.asked = asked
+        assert asked.inherited is not None
+        self.asked, self.inherited = asked, asked.inherited
+        self.mapped = [os.dup(descriptor) for descriptor in asked.inherited.all()]
         self.pid = 1000 + Process.count
         self.code: int | None = None
         self.stopped = False
         self.can_be_killed = True
+
+    def mapping(self, which: str) -> int:
+        """A descriptor that this process has inherited, for one use."""
+        return os.dup(self.mapped[self.inherited.all().index(getattr(self.inherited, which))])
 
     def exit_code(self) -> int | None:
         return self.code
@@ -64,15 +73,20 @@ class Process:
     def stop(self) -> None:
         self.stopped = True
 
+    def forget(self) -> None:
+        """What it has inherited."""
+        while self.mapped:
+            os.close(self.mapped.pop())
+
 
 class Channel:
     """The way to the draft; the last one made is `Channel.last`."""
 
     last: Channel
 
-    def __init__(self, address: str, **options: Any) -> None:
+    def __init__(self, end: socket.socket, **options: Any) -> None:
         Channel.last = self
-        self.address = address
+        self.end = end
         self.inbox: list[Any] = []
         self.sent: list[Any] = []
         self.full = False
@@ -96,6 +110,7 @@ class Channel:
 
     def close(self) -> None:
         self.closed = True
+        self.end.close()
 
 
 class Clock:
@@ -113,20 +128,13 @@ class Clock:
 class Bench:
     """A supervisor and what it holds."""
 
-    def __init__(self, folder: Path, clock: Clock, allocate: AllocateTable | None = None) -> None:
-        folder.mkdir(exist_ok=True)
+    def __init__(self, clock: Clock, allocate: AllocateTable | None = None, **changes: Any) -> None:
         self.clock = clock
-        self.folder = folder
-        self.counters = Counters(folder / "target", target_fields(3), create=True)
+        self.counters = Counters(target_fields(3))
         self.supervisor = DraftSupervisor(
-            configure(folder),
-            self.counters,
-            READY_TIMEOUT,
-            STALL_TIMEOUT,
-            allocate,
-            restore_folder=lambda: folder.mkdir(exist_ok=True),
+            configure(**changes), self.counters, READY_TIMEOUT, STALL_TIMEOUT, allocate
         )
-        self.draft = Counters(folder / DRAFT_COUNTERS_FILE, DRAFT_FIELDS, create=False)
+        self.draft = Counters(DRAFT_FIELDS, Process.last.mapping("counters"))
 
     def make_ready(self, ready: Ready = READY) -> None:
         Channel.last.inbox.append(ready)
@@ -153,13 +161,13 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
     clock = Clock()
     monkeypatch.setattr(supervisor_module, "DraftProcess", Process)
-    monkeypatch.setattr(supervisor_module, "Channel", Channel)
+    monkeypatch.setattr(supervisor_module, "SocketChannel", Channel)
     monkeypatch.setattr(supervisor_module, "time", clock)
     Process.count = 0
-    return Bench(tmp_path, clock)
+    return Bench(clock)
 
 
 def test_from_loading_to_ready(bench: Bench) -> None:
@@ -171,9 +179,6 @@ def test_from_loading_to_ready(bench: Bench) -> None:
     assert bench.supervisor.check() is News.NOTHING  # told once
     assert bench.counters["draft_alive"] == 1
     assert bench.supervisor.pid == Process.last.pid
-    assert Path(Process.last.asked.table_dir).is_dir()
-    assert not list(Path(Process.last.asked.table_dir).iterdir())  # both have mapped what there was
-    assert Process.last.asked.address == Channel.last.address
 
 
 def test_awaiting_a_draft_that_loads(bench: Bench) -> None:
@@ -201,20 +206,66 @@ def test_awaiting_ends_at_the_deadline(bench: Bench) -> None:
     assert bench.clock.now < READY_TIMEOUT + 1
 
 
-def test_the_folder_is_removed_under_a_live_engine(bench: Bench) -> None:
-    """What was mapped is used on; and the next draft finds it."""
+@pytest.mark.parametrize("is_coupled", [True, False], ids=["coupled", "ratio"])
+def test_what_a_draft_process_inherits(bench: Bench, is_coupled: bool) -> None:
+    """Both ends of everything are connected, and nobody but the two has them."""
+    bench = Bench(bench.clock, is_coupled=is_coupled)
+    sizes = {"max_slots": 4, "num_speculative_tokens": 3, "vocab_size": 12}
+    bench.make_ready()
+    process = Process.last
+    assert bench.supervisor.cache is not None
+    theirs = OutcomeCache(branch_budget=8, **sizes, descriptor=process.mapping("outcome_cache"))
+    theirs.open_branches(1, 0, 5, 2, np.array([0]), np.array([10]))
+    assert bench.supervisor.cache.look_up([Outcome(1, 5, 2, 0, 10)]) == [[]]
+    if is_coupled:
+        assert process.inherited.draft_probs is None
+        assert bench.supervisor.laws is None
+    else:
+        laws = DraftLaws(**sizes, descriptor=process.mapping("draft_probs"))
+        laws.publish(1, 5, 2, [np.ones(12, dtype=np.float32)])
+        assert bench.supervisor.laws is not None
+        assert bench.supervisor.laws.read(1, 5, 2, 1) is not None
+    with socket.socket(fileno=process.mapping("socket")) as end:
+        Channel.last.end.sendall(b"hello")
+        assert end.recv(5) == b"hello"
+    os.close(process.mapped[0])
+    assert Channel.last.end.recv(1) == b""  # the target has kept no copy of the draft's end
+    assert not any(map(os.get_inheritable, (*process.inherited.all()[1:], Channel.last.end.fileno())))
+
+
+def test_the_counters_outlive_a_draft_process(bench: Bench) -> None:
     bench.make_ready()
     bench.draft.set("messages", 3)
-    shutil.rmtree(bench.folder)
-    assert bench.supervisor.check() is News.NOTHING
-    assert bench.supervisor.draft_counters["messages"] == 3
     bench.die()
-    assert bench.supervisor.state is State.LOADING
     bench.make_ready()
-    of_next = Counters(bench.folder / DRAFT_COUNTERS_FILE, DRAFT_FIELDS, create=False)
+    of_next = Counters(DRAFT_FIELDS, Process.last.mapping("counters"))
+    assert of_next["messages"] == 3
     of_next.set("messages", 5)
     assert bench.supervisor.draft_counters["messages"] == bench.draft["messages"] == 5
-    assert bench.counters["draft_restarts"] == 1
+
+
+def test_starting_drafts_leaves_no_descriptors(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def count() -> int:
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))
+
+    def fail(asked: Configure) -> None:
+        raise OSError("no room")
+
+    Process.last.forget()
+    before = count()
+    for _ in range(3):
+        old = Process.last
+        bench.die()
+        old.forget()
+    monkeypatch.setattr(supervisor_module, "DraftProcess", fail)
+    Process.last.code = -9
+    for _ in range(3):
+        bench.clock.now += 2 * LONGEST_PAUSE_S
+        bench.supervisor.check()
+    assert bench.supervisor.state is State.ENDING
+    Process.last.forget()
+    assert count() <= before
 
 
 def test_an_idle_draft_is_not_stalled(bench: Bench) -> None:
@@ -380,13 +431,13 @@ def test_restarts_never_end(bench: Bench) -> None:
     bench.make_ready()
     for restart in range(50):
         old = Process.last
-        table = old.asked.table_dir
+        table = os.fstat(old.mapped[-1]).st_ino
         bench.die()
         assert bench.counters["draft_restarts"] == restart + 1
         assert bench.counters["draft_stalls"] == 0
         assert Process.last is not old
-        assert not Path(table).exists()
-        assert Process.last.asked.table_dir != table
+        assert os.fstat(Process.last.mapped[-1]).st_ino != table
+        old.forget()
         assert bench.supervisor.cache is None
         bench.make_ready()
     bench.supervisor.close()
@@ -557,7 +608,7 @@ def test_the_table_in_the_gpu_is_used_if_the_draft_can(bench: Bench) -> None:
         return None if cache is None else cache.gpu_entries
 
     bench.supervisor.close()
-    bench = Bench(bench.folder / "allocating", bench.clock, allocate)
+    bench = Bench(bench.clock, allocate)
     uses_it = msgspec.structs.replace(READY, uses_gpu_table=True)
     assert Process.last.asked.gpu_table == b"one"
     bench.make_ready(uses_it)
@@ -576,13 +627,11 @@ def test_the_table_in_the_gpu_is_used_if_the_draft_can(bench: Bench) -> None:
     assert asked == [(4, 8, 8)] * 4
 
 
-def test_close_stops_the_draft_and_cleans_up(bench: Bench) -> None:
+def test_close_stops_the_draft(bench: Bench) -> None:
     bench.make_ready()
-    table = Path(Process.last.asked.table_dir)
     bench.supervisor.close()
     assert Process.last.stopped
     assert Channel.last.closed
-    assert not table.exists()
     assert bench.supervisor.cache is None
     assert bench.counters["draft_alive"] == 0
     assert bench.supervisor.check() is News.NOTHING
