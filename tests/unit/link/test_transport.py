@@ -194,7 +194,7 @@ def test_a_peer_that_went_away_is_noticed_by_sending(tmp_path: Path) -> None:
 
 
 def test_the_longest_folder_has_room_for_a_drafts_socket() -> None:
-    from vllm_ssd.config import MAX_FOLDER_BYTES
+    from vllm_ssd.placement import MAX_FOLDER_BYTES
 
     with tempfile.TemporaryDirectory() as outer:
         folder = Path(outer, (MAX_FOLDER_BYTES - len(outer) - 1) * "x")
