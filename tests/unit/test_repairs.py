@@ -132,7 +132,7 @@ def test_the_search_for_kernels_passes_by_what_misbehaves(monkeypatch: pytest.Mo
     module.owner = SimpleNamespace(kernel=kernel)
     monkeypatch.setitem(sys.modules, "odd", module)
     monkeypatch.setattr(dispatcher, "hasattr", hasattr, raising=False)  # whatever others have done
-    with pytest.raises(AttributeError, match="'function' object has no attribute 'get'"):
+    with pytest.raises(AttributeError, match="object has no attribute 'get'"):
         dispatcher._rebind_kernels([(kernel, "override")])  # if it does not, vLLM has repaired it
     repairs.patch_kernel_scan()
     module.kernel = kernel
