@@ -339,5 +339,4 @@ def test_answers_are_the_same(
     print(len(drawn), "batches", sum(len(batch.requests) for batch in drawn), "requests", counted)
     assert not faults
     assert metric(llm, "vllm:spec_decode_num_accepted_tokens") > 1000
-    assert counted["draft_restarts"] == counted["failures"] == 0
-    assert counted["draft"]["state"] == "ready"
+    assert counted["draft_restarts"] == counted["failures"] == counted["draft"]["dropped"] == 0

@@ -16,10 +16,10 @@ from engines import Engines, await_draft, in_worker, ssd, stats, vary_depth
 from laws import CERTAIN, FULL, Law, assert_exact, assert_rejected, p_of_all_tokens, p_of_first_tokens, sample
 from transformers import LlamaForCausalLM
 
-from vllm_ssd.link.draft_probs import PointMass
 from vllm_ssd.target import backup
-from vllm_ssd.target.proposer import Proposer
+from vllm_ssd.target.served_probs import ServedProbs
 from vllm_ssd.verify import ratio
+from vllm_ssd.verify.ratio import PointMass
 
 pytestmark = pytest.mark.timeout(1200 if FULL else 240)
 
@@ -60,9 +60,9 @@ def engine(
 def use_backup(worker: Any, name: str) -> None:
     proposer = worker.model_runner.proposer.proposer  # within its guard
     if not hasattr(worker, "backups"):
-        auto = proposer._fallback
-        worker.backups = {"none": backup.NoFallback(), "ngram": auto._ngram, "draft": auto._just_in_time}
-    proposer._fallback = worker.backups[name]
+        auto = proposer._backup
+        worker.backups = {"none": backup.NoBackup(), "ngram": auto._ngram, "draft": auto._just_in_time}
+    proposer._backup = worker.backups[name]
 
 
 TEMPERATURES = [Law(0.5), Law(1.5)]
@@ -138,18 +138,18 @@ def test_the_stock_fault_shows(
     model: LlamaForCausalLM,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With vLLM's own expansion of sampling parameters (compat.mend_cpu_sampling undone) the law is wrong."""
+    """With vLLM's own expansion of sampling parameters (`patch_cpu_sampling` undone) the law is wrong."""
     llm = engine(engines, small_vocabulary_pair, ssd_verify="ratio")
     in_worker(llm, await_draft)
     monkeypatch.delattr(in_worker(llm, lambda worker: worker.model_runner.rejection_sampler), "forward")
     assert_rejected(model, llm, [Law(0.7), Law(1.3)])
 
 
-def wrong_temperature(laws: Callable[..., Any]) -> Callable[..., Any]:
+def wrong_temperature(read: Callable[..., Any]) -> Callable[..., Any]:
     """The verifier gets q as if it had been drawn at another temperature."""
 
     def faulty(*args: Any) -> Any:
-        found = laws(*args)
+        found = read(*args)
         warmed = [law**0.5 if isinstance(law, np.ndarray) else law for law in found]
         return [law / law.sum(-1, keepdims=True) if isinstance(law, np.ndarray) else law for law in warmed]
 
@@ -193,7 +193,7 @@ def test_a_planted_fault_is_rejected(
     llm = engine(engines, small_vocabulary_pair, ssd_verify="ratio", ssd_fallback="ngram")
     in_worker(llm, await_draft)
     if fault == "q of another temperature":
-        monkeypatch.setattr(Proposer, "laws", wrong_temperature(Proposer.laws))
+        monkeypatch.setattr(ServedProbs, "read", wrong_temperature(ServedProbs.read))
     else:
         monkeypatch.setattr(ratio, "verify", greedy_acceptance(ratio.verify))
     assert_rejected(model, llm, [Law(0.7), Law(1.3)])

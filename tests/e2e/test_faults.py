@@ -213,7 +213,7 @@ def test_never_ready_again(serving: Serving, log: Messages, monkeypatch: pytest.
         (Proposer, "stop"),
         (Proposer, "propose"),
         (Proposer, "_look_up"),
-        (Proposer, "_fall_back"),
+        (Proposer, "_back_up"),
         (Proposer, "_tell"),
         (OutcomeCache, "look_up"),
         (DraftSupervisor, "check"),

@@ -17,9 +17,9 @@ from laws import Law, assert_exact, assert_rejected
 from transformers import LlamaForCausalLM
 
 from vllm_ssd import compat
-from vllm_ssd.link.draft_probs import PointMass
 from vllm_ssd.target import runner_v2
 from vllm_ssd.target.runner_v2 import SSDModelRunnerV2
+from vllm_ssd.verify.ratio import PointMass
 
 # Where vLLM's kernels hang in the interpreter, a test must still end.
 pytestmark = pytest.mark.timeout(300)

@@ -8,7 +8,8 @@ import numpy as np
 
 from vllm_ssd.draft.branches import BranchGroup
 from vllm_ssd.draft.requests import DraftRequest
-from vllm_ssd.draft.rows import NO_ENTRY, RowEntries, Rows, RowSampling
+from vllm_ssd.draft.rows import RowEntries, Rows, RowSampling
+from vllm_ssd.link.outcome_cache import NO_ENTRY
 from vllm_ssd.verify.noise import draft_seed
 
 

@@ -23,15 +23,18 @@ from vllm_ssd.plan.costs import Costs
 from vllm_ssd.plan.planner import FixedPlan, Plan, Planner, RoundPlanner
 from vllm_ssd.plan.speed_model import StepTimes, measure_line
 from vllm_ssd.target.backup import (
-    AutoFallback,
-    Fallback,
-    JustInTimeFallback,
-    NgramFallback,
-    NoFallback,
+    AutoBackup,
+    Backup,
+    JustInTimeBackup,
+    NgramBackup,
+    NoBackup,
 )
 from vllm_ssd.target.draft_args import draft_engine_args, plain
+from vllm_ssd.target.guard import Guard
+from vllm_ssd.target.observer import RoundObserver
 from vllm_ssd.target.proposer import Proposer
 from vllm_ssd.target.ranks import leading_rank, leads
+from vllm_ssd.target.served_probs import ServedProbs
 from vllm_ssd.target.supervisor import AllocateTable, DraftSupervisor
 
 logger = init_logger("vllm.ssd")
@@ -164,19 +167,20 @@ class TargetsDraft:
     def connect(self, model_runner: Any) -> None:
         """Give the model runner its proposer."""
         ssd, history = self._ssd, model_runner.token_history
+        observer = RoundObserver(self._counters, self._costs)
         self._proposer = Proposer(
             self.supervisor,
             self._vllm_config.scheduler_config.max_num_seqs,
-            _fallback(ssd, self._costs, history, self._vllm_config.model_config.max_model_len),
-            self._costs,
+            _backup(ssd, self._costs, observer, history, self._vllm_config.model_config.max_model_len),
             history,
-            self._counters,
+            observer,
             self._planner,
             self._vllm_config.model_config.get_vocab_size(),
             ssd.num_speculative_tokens,
             ssd.ssd_wait_ms / 1000,
         )
-        model_runner.connect(self._proposer, self.supervisor, self._counters)
+        guard = Guard(self._proposer, ServedProbs(self.supervisor, observer), self._counters)
+        model_runner.connect(guard, self.supervisor, self._counters)
         self._close_runner = model_runner.close
 
     def plan_rounds(self, target_times: tuple[float, float]) -> None:
@@ -255,17 +259,21 @@ def _configure(ssd: SSDSpeculativeConfig, vllm_config: VllmConfig) -> Configure:
     return Configure(**plain(options))
 
 
-def _fallback(
-    ssd: SSDSpeculativeConfig, costs: Costs, history: Callable[[str], list[int]], max_model_len: int
-) -> Fallback:
-    ngram = NgramFallback(compat.match_ngram, history, max_model_len)
-    just_in_time = JustInTimeFallback(costs)
+def _backup(
+    ssd: SSDSpeculativeConfig,
+    costs: Costs,
+    observer: RoundObserver,
+    history: Callable[[str], list[int]],
+    max_model_len: int,
+) -> Backup:
+    ngram = NgramBackup(compat.match_ngram, history, max_model_len)
+    just_in_time = JustInTimeBackup(costs, observer.add_wait)
     if ssd.ssd_fallback in ("ngram", "auto"):
         compat.match_ngram(np.zeros(2, dtype=np.int32), 1, 1, 2, 1)  # Numba compiles it at the first call
-    kinds: dict[str, Fallback] = {
-        "none": NoFallback(),
+    kinds: dict[str, Backup] = {
+        "none": NoBackup(),
         "ngram": ngram,
         "draft": just_in_time,
-        "auto": AutoFallback(costs, ngram, just_in_time),
+        "auto": AutoBackup(costs, ngram, just_in_time),
     }
     return kinds[ssd.ssd_fallback]

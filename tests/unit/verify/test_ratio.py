@@ -9,10 +9,9 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from vllm_ssd.draft.sampling import saguaro
-from vllm_ssd.link.draft_probs import DraftLaw, PointMass
 from vllm_ssd.verify import ratio
 from vllm_ssd.verify.noise import draft_seed, gumbel
-from vllm_ssd.verify.ratio import verify
+from vllm_ssd.verify.ratio import DraftLaw, PointMass, verify
 from vllm_ssd.verify.verification import Places, draw
 
 VOCAB, COUNT = 6, 20_000
