@@ -16,7 +16,7 @@ from engines import Engines, await_draft, in_worker, ssd, stats, vary_depth
 from laws import CERTAIN, FULL, Law, assert_exact, assert_rejected, p_of_all_tokens, p_of_first_tokens, sample
 from transformers import LlamaForCausalLM
 
-from vllm_ssd.target import backup
+from vllm_ssd.target import backup, served_probs
 from vllm_ssd.target.served_probs import ServedProbs
 from vllm_ssd.verify import ratio
 from vllm_ssd.verify.ratio import PointMass
@@ -32,6 +32,7 @@ def many_backups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backup, "MIN_NGRAM", 1)
     monkeypatch.setattr(backup, "PATIENCE", math.inf)
     monkeypatch.setattr(backup, "MOST_PATIENCE_S", 60.0)
+    monkeypatch.setattr(served_probs, "DEADLINE_S", 20.0)
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +130,7 @@ def test_exact(
     print(new)
     assert new["hits"] > 100
     assert new["hits"] < new["lookups"] - 100
+    assert new["laws_late"] == 0
     assert new[f"fallback_{options.get('ssd_fallback', 'none')}"] > 100
 
 
@@ -145,11 +147,11 @@ def test_the_stock_fault_shows(
     assert_rejected(model, llm, [Law(0.7), Law(1.3)])
 
 
-def wrong_temperature(laws: Callable[..., Any]) -> Callable[..., Any]:
+def wrong_temperature(read: Callable[..., Any]) -> Callable[..., Any]:
     """The verifier gets q as if it had been drawn at another temperature."""
 
     def faulty(*args: Any) -> Any:
-        found = laws(*args)
+        found = read(*args)
         warmed = [law**0.5 if isinstance(law, np.ndarray) else law for law in found]
         return [law / law.sum(-1, keepdims=True) if isinstance(law, np.ndarray) else law for law in warmed]
 

@@ -228,7 +228,7 @@ def test_text_that_is_more_than_text() -> None:
 @pytest.mark.parametrize(
     "value",
     [object(), {"a": [object()]}, {1: 2}, float, b"bytes"],
-    ids=["object", "in a list", "key", "type", "bytes"],
+    ids=["an object", "an object within", "a key that is no text", "a class", "bytes"],
 )
 def test_what_cannot_be_sent_is_refused(value: Any) -> None:
     from vllm_ssd.target.draft_args import plain

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -22,8 +24,14 @@ AFTER = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.1, 0.5])  # the target's law after t
 
 def drawn(law: Tensor, seeds: Tensor, position: int) -> Tensor:
     """[n] as the draft draws."""
-    own = torch.tensor([draft_seed(seed, 1, 0) for seed in seeds.tolist()])
+    own = torch.tensor(draft_seeds(tuple(seeds.tolist())))
     return (law.log() + gumbel(own, torch.full_like(seeds, position), VOCAB)).argmax(dim=-1)
+
+
+@cache
+def draft_seeds(seeds: tuple[int, ...]) -> list[int]:
+    """Nearly all tests have the same."""
+    return [draft_seed(seed, 1, 0) for seed in seeds]
 
 
 def verified(law: DraftLaw, drafts: Tensor, seeds: Tensor, is_greedy: bool = False) -> list[list[int]]:
