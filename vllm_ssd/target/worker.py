@@ -152,7 +152,7 @@ class TargetsDraft:
             self._announcement = Announcement(
                 ssd.engine_id, engine_cores(ssd), [each.descriptor for each in counters]
             )
-        except OSError:
+        except Exception:  # such as no descriptors left
             self.supervisor.close()
             raise
         self._costs = Costs()
