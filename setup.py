@@ -21,6 +21,7 @@ EXTRAS = {
         "mypy",
         "pytest",
         "pytest-timeout",
+        "pytest-xdist",
         "rich",
         "ruff",
         "scipy",
@@ -40,7 +41,13 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=[
-        f"vllm_ssd{part}" for part in ("", ".draft", ".link", ".plan", ".target", ".verify", ".kernels")
+        "vllm_ssd",
+        "vllm_ssd.draft",
+        "vllm_ssd.link",
+        "vllm_ssd.plan",
+        "vllm_ssd.target",
+        "vllm_ssd.verify",
+        "vllm_ssd.kernels",
     ],
     # The Triton kernels have a folder of their own beside the package; users import them as vllm_ssd.kernels.
     package_dir={"vllm_ssd.kernels": "kernels"},

@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_ssd.draft.rows import NO_ENTRY
-from vllm_ssd.link.outcome_cache import DEPTH, EPOCH, FIRST_DRAFT
+from vllm_ssd.link.outcome_cache import DEPTH, EPOCH, FIRST_DRAFT, NO_ENTRY
 
 _EPOCH, _DEPTH, _FIRST_DRAFT = tl.constexpr(EPOCH), tl.constexpr(DEPTH), tl.constexpr(FIRST_DRAFT)
 

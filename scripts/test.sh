@@ -2,6 +2,7 @@
 # Sets up everything, then checks style and types and runs all tests: unit tests first, then real vLLM.
 #
 #   bash scripts/test.sh                          # everything, as CI does
+#   bash scripts/test.sh --fast                   # style, types and unit tests: before every commit
 #   bash scripts/test.sh tests/unit -k fanout     # pytest alone, with these arguments
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -35,15 +36,19 @@ run_tests() {
   return "$rc"
 }
 
-# stage NAME LIMIT_SECONDS FOLDER
+# stage NAME LIMIT_SECONDS FOLDER PYTEST_ARGUMENTS...
 stage() {
   local name=$1 limit=$2 folder=$3
+  shift 3
   step "$name: $folder"
-  run_tests "$limit" --durations=5 "$folder" || FAILED+=("$name")
+  run_tests "$limit" --durations=5 "$@" "$folder" || FAILED+=("$name")
   stop_strays
 }
 
-if (( $# )); then
+IS_FAST=0
+if [[ ${1:-} == --fast && $# == 1 ]]; then
+  IS_FAST=1
+elif (( $# )); then
   run_tests 3600 "$@"
   exit
 fi
@@ -51,9 +56,10 @@ fi
 check_step "style: ruff check" ruff check .
 check_step "style: ruff format" ruff format --check --quiet .
 check_step "types: mypy" mypy
-stage "unit tests" 900 tests/unit
+# On all cores; a module's tests stay together, for what they share is costly. Each worker loads vLLM, hence a limit.
+stage "unit tests" 900 tests/unit --numprocesses=auto --maxprocesses=8 --dist=loadscope
 # The costly part, only on sound ground.
-if (( ! ${#FAILED[@]} )); then
+if (( ! IS_FAST && ! ${#FAILED[@]} )); then
   stage "tests with vLLM" 2700 tests/e2e
   stage "tests with vLLM's V2 runner, interpreted" 2700 tests/v2
 fi

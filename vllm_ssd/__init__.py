@@ -14,15 +14,15 @@ def register() -> None:
     """
     import os
 
-    from vllm_ssd import compat
+    from vllm_ssd import compat, repairs
 
     if not compat.is_supported_version():
         compat.refuse_method_ssd()
         return
     try:
         compat.allow_async_scheduling()
-        if os.environ.get(compat.PATCH_ALL) == "1":
-            compat.mend_all_engines()
+        if os.environ.get(repairs.PATCH_ALL) == "1":
+            repairs.patch_all_engines()
         compat.add_metrics()
         compat.add_method_ssd()
     except (AttributeError, ImportError) as error:  # vLLM lets it end every engine, also those without SSD

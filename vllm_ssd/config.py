@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from dataclasses import Field as DataclassField
-from itertools import groupby
+from dataclasses import field as dataclass_field
 from numbers import Integral
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from pydantic import Field, field_validator
 from vllm import envs
 from vllm.config.speculative import SpeculativeConfig
 from vllm.config.utils import config
 from vllm.logger import init_logger
-from vllm.platforms import CpuArchEnum, current_platform
-from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_visible_memory_node
+from vllm.platforms import current_platform
 
 from vllm_ssd import compat
-from vllm_ssd.link.announcement import cores_of_others, new_engine_id
+from vllm_ssd.cores import bind_target, format_cores, parse_cores
+from vllm_ssd.placement import Placement, parse_gib, place_draft
 from vllm_ssd.target.draft_args import load_args
 from vllm_ssd.vocabularies import warn_of_other_tokens
 
 logger = init_logger("vllm.ssd")
 
-GIB = 1 << 30
 MAX_SPECULATIVE_TOKENS = 16
 
 # Options of `SpeculativeConfig` that SSD honours. Any other, also of a later vLLM, is refused unless it has
@@ -56,10 +52,6 @@ _HONOURED = frozenset(
 _INTERNAL = ("target_model_config", "target_parallel_config", "draft_model_config", "draft_parallel_config")
 _ORDERED_STORES = ("x86_64", "AMD64")  # names of CPUs whose stores other cores see in order
 _SHORT_FLAGS = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
-_DRAFT_MEMORY = {"cpu": 0.5, "cuda": 4.0}  # GiB
-_BYTES = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_BINDING = "VLLM_CPU_OMP_THREADS_BIND"
-_bound: str | None = None  # what an engine of this process has set that to
 
 # Of the target's kinds of parallelism, those that SSD does not know.
 _ONE_OF_EACH = ("data_parallel_size", "prefill_context_parallel_size")
@@ -115,8 +107,8 @@ class SSDSpeculativeConfig(SpeculativeConfig):
     """Seconds the draft process may take to load before the start-up fails."""
     ssd_stall_timeout: float = Field(default=2.0, gt=0)
     """Seconds without a sign of life after which the target stops asking the draft."""
-    engine_id: str = Field(default_factory=new_engine_id)
-    """Not an option: the name by which the engine's processes find one another."""
+    placement: Placement = dataclass_field(init=False)
+    """No option: where the draft runs and what it gets, as the user said or as was chosen."""
 
     __repr__ = SpeculativeConfig.__repr__
 
@@ -127,7 +119,7 @@ class SSDSpeculativeConfig(SpeculativeConfig):
         if isinstance(given, bool | dict) or not isinstance(given, Integral | Iterable):
             return given
         listed = [given] if isinstance(given, Integral | str) else given
-        return _format_cores(sorted({core for part in listed for core in parse_cores(str(part))}))
+        return format_cores(sorted({core for part in listed for core in parse_cores(str(part))}))
 
     @field_validator("ssd_draft_device", mode="before")
     @classmethod
@@ -161,22 +153,13 @@ class SSDSpeculativeConfig(SpeculativeConfig):
         self.prompt_lookup_min = self.prompt_lookup_max = None  # as given: vLLM makes both of them 0
         _check_models(self)
         _check_branches(self)
-        self.ssd_draft_device = _choose_draft_device(self)
-        self.ssd_draft_memory = self.ssd_draft_memory or _DRAFT_MEMORY[self.draft_device.partition(":")[0]]
-        _check_memory(self)
-        self.ssd_draft_cores = _format_cores(_choose_draft_cores(self))
-
-    @property
-    def draft_device(self) -> str:
-        """Device of the draft process: "cpu" or such as "cuda:1"."""
-        assert self.ssd_draft_device is not None  # chosen in __post_init__ where the user gave none
-        return self.ssd_draft_device
-
-    @property
-    def draft_cores(self) -> list[int]:
-        """CPU cores of the draft process."""
-        assert self.ssd_draft_cores is not None  # chosen in __post_init__ where the user gave none
-        return parse_cores(self.ssd_draft_cores)
+        if not hasattr(self, "placement"):  # vLLM runs this again in the engine's processes
+            self.placement = place_draft(
+                self.target_parallel_config,
+                self.ssd_draft_device,
+                self.ssd_draft_cores,
+                self.ssd_draft_memory,
+            )
 
     def draft_shares_target_positions(self) -> bool:
         """The draft keeps its own positions, so vLLM 0.33 must not shorten the target to its length."""
@@ -186,7 +169,7 @@ class SSDSpeculativeConfig(SpeculativeConfig):
 def create_ssd_config(engine_args: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
     """Build the config from what the user gave; called where vLLM builds its own `SpeculativeConfig`."""
     options = _merged_options(engine_args)
-    for name in (*_INTERNAL, "engine_id"):
+    for name in _INTERNAL:
         if options.pop(name, None) is not None:
             raise ValueError(f"method 'ssd' does not support {name} in the speculative config; remove it")
     ssd = SSDSpeculativeConfig(
@@ -199,9 +182,8 @@ def create_ssd_config(engine_args: Any, target_model_config: Any, target_paralle
         raise ValueError(f"method 'ssd' brings its own worker; remove worker_cls={worker!r}")
     if current_platform.is_cpu():
         target_parallel_config.worker_cls = "vllm_ssd.target.worker_cpu.SSDWorker"
-        others = cores_of_others(ssd.engine_id)
-        _leave_cores_to_draft(ssd.draft_cores, target_parallel_config.local_world_size, others)
-        _warn_of_shared_cores(ssd.draft_cores, others)
+        place = ssd.placement
+        bind_target(place.cores, target_parallel_config.local_world_size, place.engine_id)
     else:
         target_parallel_config.worker_cls = "vllm_ssd.target.worker_cuda.SSDWorker"
     if not _on_v2_runner():
@@ -236,41 +218,6 @@ def _schedule_what_is_planned(engine_args: Any) -> None:
     if engine_args.async_scheduling:
         raise ValueError("ssd_planner needs a scheduler that waits for the drafts; remove async_scheduling")
     engine_args.async_scheduling = False
-
-
-def parse_cores(text: str, option: str = "ssd_draft_cores") -> list[int]:
-    """The cores that a text such as "0,4-6" names: [0, 4, 5, 6]. `option` is where it was given.
-
-    Raises:
-        ValueError: if the text is not a list of core numbers and ranges.
-    """
-    cores: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.partition("-")
-        try:
-            named = range(int(first), int(last if dash else first) + 1)
-        except ValueError:
-            named = range(0)
-        if not named:
-            raise ValueError(f"{option}={text!r} is not of the form '1' or '8-11,15'")
-        cores.extend(named)
-    return cores
-
-
-def _format_cores(cores: list[int]) -> str:
-    return ",".join(map(str, cores))
-
-
-def parse_gib(text: str) -> Any:
-    """GiB, as a number, of a text such as "1.5", "1.5 GiB", "512MB" or, as in vLLM's own options, "1g" (10^9
-    bytes) and "1G" (2^30). Other text is left as it is."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kKmMgGtT])(i?[bB])?\s*", text)
-    if match is None:
-        return text
-    number, unit, ending = match.groups()
-    if ending:
-        unit = unit.upper() if len(ending) > 1 else unit.lower()
-    return float(number) * _BYTES[unit] / GIB
 
 
 @contextmanager
@@ -397,45 +344,6 @@ def _check_branches(ssd: SSDSpeculativeConfig) -> None:
         raise ValueError(f"ssd_fanout sums to {sum(fanout)}; set ssd_branch_budget={sum(fanout)}")
 
 
-def _choose_draft_device(ssd: SSDSpeculativeConfig) -> str:
-    chosen = ssd.ssd_draft_device
-    if current_platform.is_cpu():
-        if chosen not in (None, "cpu"):
-            raise ValueError(f"ssd_draft_device={chosen!r}: there is no GPU here; remove it")
-        return "cpu"
-    num_devices = current_platform.device_count()
-    targets = ssd.target_parallel_config.assigned_physical_gpu_ids
-    if chosen is None and targets is not None:
-        raise ValueError(
-            f"the target is given GPUs {targets} (device_ids); name the draft's as well: ssd_draft_device"
-        )
-    if chosen is None and ssd.target_parallel_config.distributed_executor_backend == "ray":
-        raise ValueError(
-            "with Ray the target's worker sees its own GPUs only; name the draft's: ssd_draft_device"
-        )
-    if chosen is None:
-        return f"cuda:{num_devices - 1}"  # the target's, if it has them all
-    if chosen not in [f"cuda:{index}" for index in range(num_devices)]:
-        raise ValueError(f"ssd_draft_device={chosen!r} is none of cuda:0 to cuda:{num_devices - 1}")
-    return chosen
-
-
-def _check_memory(ssd: SSDSpeculativeConfig) -> None:
-    asked = ssd.ssd_draft_memory
-    assert asked is not None
-    if current_platform.is_cpu():
-        where, there = "this machine", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
-    else:
-        where = ssd.draft_device
-        there = current_platform.get_device_total_memory(int(where.partition(":")[2])) / GIB
-    if not asked < there:
-        # vLLM's command line makes 1000000000 of "1g".
-        meant = (
-            f" for {asked:.0f} bytes write {asked / GIB:.3g}" if 1 << 20 <= asked < 1 << 50 else " lower it"
-        )
-        raise ValueError(f"ssd_draft_memory={asked:g} is in GiB, and {where} has {there:.1f} GiB;{meant}")
-
-
 def _check_scheduler(engine_args: Any, num_speculative_tokens: int) -> None:
     """A verification that does not fit a step is never scheduled. vLLM's defaults are large enough."""
     for name in ("max_num_batched_tokens", "max_num_scheduled_tokens"):
@@ -445,116 +353,3 @@ def _check_scheduler(engine_args: Any, num_speculative_tokens: int) -> None:
                 f"{name}={limit} has no room for a verification of num_speculative_tokens + 1 = "
                 f"{num_speculative_tokens + 1} tokens; raise it or lower num_speculative_tokens"
             )
-
-
-def _choose_draft_cores(ssd: SSDSpeculativeConfig) -> list[int]:
-    allowed = sorted(os.sched_getaffinity(0))
-    if ssd.ssd_draft_cores is not None:
-        cores = parse_cores(ssd.ssd_draft_cores)
-        missing = sorted(set(cores) - set(allowed))
-        if missing:
-            raise ValueError(f"ssd_draft_cores: this process has no core {missing[0]}; choose from {allowed}")
-        return cores
-    if not current_platform.is_cpu():
-        return allowed
-    left = set(allowed) - _bound_cores(_binding_by_user())
-    free = left - cores_of_others(ssd.engine_id)
-    return [max(free or left or allowed)]
-
-
-def engine_cores(ssd: SSDSpeculativeConfig) -> set[int]:
-    """The cores that the engine uses, target and draft; none with a GPU, where neither is bound to any."""
-    if ssd.draft_device != "cpu":
-        return set()
-    return _target_cores() | set(ssd.draft_cores)
-
-
-def _target_cores() -> set[int]:
-    return _bound_cores(os.environ.get(_BINDING, "auto")) or os.sched_getaffinity(0)
-
-
-def _bound_cores(binding: str) -> set[int]:
-    """Cores a binding names for the target; empty where vLLM is left to choose."""
-    if binding in ("", "auto", "nobind"):
-        return set()
-    return {core for part in binding.split("|") for core in parse_cores(part, _BINDING)}
-
-
-def _binding_by_user() -> str:
-    """What the user bound the target's cores to; not what an earlier engine of this process did."""
-    binding = os.environ.get(_BINDING, "auto")
-    return "auto" if binding == _bound else binding
-
-
-def _leave_cores_to_draft(draft_cores: list[int], num_ranks: int, others: set[int]) -> None:
-    """Bind the target's ranks to the remaining cores unless the user bound them: sharing one core with the
-    draft, or OpenMP threads of both on all cores, is many times slower than no speculation at all.
-
-    Args:
-        others: cores of other engines, left to them where there are enough.
-    """
-    global _bound
-    if _binding_by_user() != "auto":
-        return
-    shares = _shares_of_ranks([*draft_cores, *others], num_ranks)
-    if not all(shares):
-        shares = _shares_of_ranks(draft_cores, num_ranks)
-    if num_ranks > 1 and not all(shares):
-        raise ValueError(
-            f"{num_ranks} ranks of the target need a core each beside the draft's; set {_BINDING}, such as "
-            "'0|1', to let them share"
-        )
-    if any(shares):
-        os.environ[_BINDING] = _bound = "|".join(_format_cores(sorted(share)) for share in shares)
-
-
-def _warn_of_shared_cores(draft_cores: list[int], others: set[int]) -> None:
-    with_others = sorted((_target_cores() | set(draft_cores)) & others)
-    if with_others:
-        logger.warning(
-            "another engine with SSD uses core %s as well, which may make both many times slower: give each "
-            "engine cores of its own with ssd_draft_cores and %s",
-            _format_cores(with_others),
-            _BINDING,
-        )
-    shared = sorted(_target_cores() & set(draft_cores))
-    if shared:
-        logger.warning(
-            "target and draft share core %s, which may be many times slower than no speculation at all: give "
-            "the draft a core of its own with ssd_draft_cores, and the target others with %s",
-            _format_cores(shared),
-            _BINDING,
-        )
-
-
-def _shares_of_ranks(draft_cores: list[int], num_ranks: int) -> list[list[int]]:
-    """The logical cores of each rank: those of vLLM's own "auto", less the draft's physical cores.
-
-    So each rank has a NUMA node where there are enough, one thread of each physical core on x86, and leaves a
-    core to the engine's other processes.
-    """
-    cpus = sorted(get_allowed_cpu_list(), key=lambda cpu: (cpu.numa_node, cpu.physical_core, cpu.id))
-    physical = [
-        (node, [cpu.id for cpu in group])
-        for (node, _), group in groupby(cpus, key=lambda cpu: (cpu.numa_node, cpu.physical_core))
-    ]
-    free = [(node, cores) for node, cores in physical if not set(cores) & set(draft_cores)]
-    if len(free) < num_ranks:
-        free = [(cpu.numa_node, [cpu.id]) for cpu in cpus if cpu.id not in draft_cores]
-    with_cores = {node for node, _ in free}
-    nodes = [node for node in get_visible_memory_node() if node in with_cores]
-    if len(nodes) >= num_ranks:
-        shares = [[cores for of, cores in free if of == node] for node in nodes[:num_ranks]]
-    else:
-        shares = [[free[i][1] for i in share] for share in np.array_split(np.arange(len(free)), num_ranks)]
-    is_x86 = current_platform.get_cpu_architecture() == CpuArchEnum.X86
-    reserved = envs.VLLM_CPU_NUM_OF_RESERVED_CPU
-    each = 1 if reserved is None else reserved // num_ranks
-    kept = [share[: max(0, len(share) - each)] or share for share in shares]
-    return [[core for cores in share for core in (cores[-1:] if is_x86 else cores)] for share in kept]
-
-
-def restore_binding() -> None:
-    """Before an engine without SSD: let vLLM choose its cores again, if an engine of ours has."""
-    if _bound is not None and os.environ.get(_BINDING) == _bound:
-        del os.environ[_BINDING]

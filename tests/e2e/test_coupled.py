@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from engines import (
     Engines,
+    await_draft,
     generate,
-    give_draft_time,
-    give_up_draft,
+    greedy_params,
     in_worker,
     metric,
     ssd,
@@ -25,7 +25,6 @@ pytestmark = pytest.mark.timeout(1200 if FULL else 240)
 
 NUM_PROMPTS, NUM_TOKENS = 200 if FULL else 40, 24
 NUM_ALONE = NUM_PROMPTS if FULL else 6  # in batches of one
-PATIENCE_S = 60.0  # for the end of a killed process
 
 
 def prompts() -> list[list[int]]:
@@ -63,13 +62,19 @@ SETTINGS: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
 ]
 
 
+def first_engine(engines: Engines, pair: tuple[Path, Path]) -> Any:
+    num_drafts, options, engine_options = SETTINGS[0]
+    return engines.get(pair[0], ssd(pair[1], num_drafts, **options), **engine_options)
+
+
 @pytest.fixture(scope="module")
 def undrafted(engines: Engines, pair: tuple[Path, Path]) -> list[list[int]]:
-    """Every token sampled by itself: the draft is ended before the first request comes."""
-    llm = engines.get(pair[0], ssd(pair[1], 1))
-    in_worker(llm, give_up_draft)
+    """Every token sampled by itself: nothing is looked up. In the engine of the first test."""
+    llm = first_engine(engines, pair)
+    llm.collective_rpc("ssd_plan", args=(0,))
     tokens = generate(llm, prompts(), params())
     assert stats(llm)["lookups"] == 0
+    llm.collective_rpc("ssd_plan")
     return tokens
 
 
@@ -83,7 +88,7 @@ def test_tokens_do_not_depend_on_speculation(
     engine_options: dict[str, Any],
 ) -> None:
     llm = engines.get(pair[0], ssd(pair[1], num_drafts, **options), **engine_options)
-    in_worker(llm, give_draft_time)
+    in_worker(llm, await_draft)
     assert generate(llm, prompts(), params()) == undrafted
     counted = stats(llm)
     assert 0 < counted["hits"] < counted["lookups"]
@@ -128,12 +133,27 @@ def test_nor_on_preemption_or_a_killed_draft(
     assert metric(llm, "vllm:num_preemptions") > 0
 
 
-def test_ratio_answers_the_same_requests(engines: Engines, pair: tuple[Path, Path]) -> None:
-    """Prompts of one token, seeded ones with prompts in chunks, and top_k alone, each ended the engine."""
+def test_ratio_answers_the_same_requests(
+    engines: Engines, pair: tuple[Path, Path], undrafted: list[list[int]]
+) -> None:
+    """Prompts of one token, seeded ones with prompts in chunks, and top_k alone, each ended the engine.
+
+    The greedy ones among them are answered as ever; the law of the others is in test_exactness.py.
+    """
     llm = engines.get(pair[0], ssd(pair[1], 3, ssd_verify="ratio"), max_num_batched_tokens=64)
     asked = params()
+    are_greedy = [not one.temperature for one in asked]
+    one_token = [[5]] * len(asked)  # vLLM schedules these with placeholders for drafts
+    llm.collective_rpc("ssd_plan", args=(0,))
+    (undrafted_one,) = generate(llm, one_token[:1], greedy_params(NUM_TOKENS))
+    llm.collective_rpc("ssd_plan")
+    in_worker(llm, await_draft)
     answers = generate(llm, prompts(), asked)
-    # vLLM schedules prompts of one token with placeholders for drafts.
-    answers += generate(llm, [[5]] * len(asked), asked)
-    answers += [generate(llm, [prompt], one)[0] for prompt, one in zip(prompts()[:6], asked, strict=False)]
-    assert all(answers)
+    assert [one for one, is_greedy in zip(answers, are_greedy, strict=True) if is_greedy] == [
+        one for one, is_greedy in zip(undrafted, are_greedy, strict=True) if is_greedy
+    ]
+    answers = generate(llm, one_token, asked)
+    assert all(one == undrafted_one for one, is_greedy in zip(answers, are_greedy, strict=True) if is_greedy)
+    alone = [generate(llm, [prompt], one)[0] for prompt, one in zip(prompts()[:6], asked, strict=False)]
+    assert alone[are_greedy.index(True)] == undrafted[are_greedy.index(True)]
+    assert stats(llm)["hits"] > 0

@@ -1,4 +1,6 @@
-"""Batches of requests drawn from everything that vLLM accepts: the same answers as without speculation.
+"""Batches of requests for everything that vLLM accepts: the same answers as without speculation.
+
+First each feature by itself, then drawn ones. A request is to change its own answer alone.
 
 Greedy ones are compared with stock vLLM. Sampled ones have other noise there: those with a seed are compared
 with the same engine while nothing is drafted. With VLLM_SSD_FULL=1 there are 5,000 batches.
@@ -26,7 +28,7 @@ pytestmark = pytest.mark.timeout(7200 if FULL else 600)
 
 NUM_BATCHES = 5000 if FULL else 300
 VOCAB, K, MAX_MODEL_LEN = 512, 4, 256
-LIKELY_MOST = 12  # output tokens
+NUM_TOKENS, LIKELY_MOST = 16, 12  # output tokens
 MOST_ANSWERS = 3  # to a request
 THINK, END = "(", ")!"
 
@@ -41,6 +43,46 @@ GRAMMARS: list[dict[str, Any]] = [
     {"grammar": 'root ::= "<" [0-9]+ ">"'},
 ]
 MEDDLING = {"thinking_token_budget", "logprob_token_ids"}
+FEATURES: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "little": {"logprobs": 1},
+    "thinking budget 0": {"thinking_token_budget": 0},
+    "thinking budget 3": {"thinking_token_budget": 3},
+    "thinking budget 6": {"thinking_token_budget": 6},
+    "thinking budget, ends first": {"thinking_token_budget": 8, "max_tokens": 5},
+    "regex": {"structured_outputs": {"regex": "[a-d]{3}(x|yz)*!"}},
+    "choice": {"structured_outputs": {"choice": ["yes", "no, never"]}},
+    "JSON": {"structured_outputs": {"json": {"type": "object", "properties": {"a": {"type": "integer"}}}}},
+    "grammar": {"structured_outputs": {"grammar": 'root ::= "<" [0-9]+ ">"'}},
+    "regex, min_tokens": {"structured_outputs": {"regex": "[ab]{2,9}"}, "min_tokens": 6},
+    "logprobs": {"logprobs": 3},
+    "all logprobs": {"logprobs": -1},
+    "logprobs of some tokens": {"logprob_token_ids": [3, 5, 300]},
+    "prompt_logprobs": {"prompt_logprobs": 2},
+    "repetition": {"repetition_penalty": 1.5},
+    "presence, frequency": {"presence_penalty": 1.5, "frequency_penalty": 0.7},
+    "bad words": {"bad_words": ["a", "bc", "d e"]},
+    "allowed_token_ids": {"allowed_token_ids": list(range(40, 90))},
+    "min_tokens": {"min_tokens": 7, "stop_token_ids": list(range(2, 250))},
+    "stop_token_ids": {"stop_token_ids": list(range(2, 60))},
+    "stop strings": {"stop": ["<4", "a", "2>"], "include_stop_str_in_output": True},
+    "seed": {"temperature": 1.0, "seed": 5},
+    "seed, top_k": {"temperature": 1.3, "seed": 2**63 - 1, "top_k": 7},
+    "seed, top_p": {"temperature": 0.9, "seed": -3, "top_p": 0.7},
+    "seed, everything": {
+        "temperature": 1.1,
+        "seed": 8,
+        "top_k": 30,
+        "top_p": 0.9,
+        "repetition_penalty": 0.8,
+        "bad_words": ["a"],
+        "logprobs": 1,
+        "min_tokens": 5,
+        "stop_token_ids": list(range(2, 200)),
+    },
+    "n": {"temperature": 0.8, "seed": 11, "n": 3},
+}
+NEIGHBOURS = ("nothing", "regex", "little")  # what the others of a feature's batch ask for
 tokens = st.integers(2, VOCAB - 1)
 words = st.text(st.sampled_from("ab!(é~0 "), min_size=1, max_size=3)
 
@@ -85,6 +127,21 @@ class Request:
 class Batch:
     mode: str  # of the oracle, or "real"
     requests: list[Request]
+
+
+def beside_neighbours(name: str) -> list[Request]:
+    """A request with this feature among three that ask for little; all of them think."""
+    rng = random.Random(name)
+    first, *others = NEIGHBOURS
+    return [
+        Request(
+            rng.randrange(2**32),
+            rng.randint(2, 41),
+            thinks=True,
+            options={"temperature": 0.0, "max_tokens": NUM_TOKENS, **FEATURES[asked]},
+        )
+        for asked in (first, name, *others)
+    ]
 
 
 @st.composite
@@ -214,9 +271,21 @@ def drawn() -> list[Batch]:
 
 
 @pytest.fixture(scope="module")
-def expected(engines: Engines, pair: tuple[Path, Path], drawn: list[Batch]) -> dict[int, Any]:
+def with_feature() -> dict[str, list[Request]]:
+    """Batches by the feature's name."""
+    return {name: beside_neighbours(name) for name in FEATURES}
+
+
+@pytest.fixture(scope="module")
+def expected(
+    engines: Engines,
+    pair: tuple[Path, Path],
+    with_feature: dict[str, list[Request]],
+    drawn: list[Batch],
+) -> dict[int, Any]:
     """By the request's id."""
-    requests = [request for batch in drawn for request in batch.requests]
+    batches = [*with_feature.values(), *(batch.requests for batch in drawn)]
+    requests = [request for batch in batches for request in batch]
     greedy = [request for request in requests if request.is_greedy]
     seeded = [request for request in requests if not request.is_greedy and not request.is_free]
     found = references(engines.get(pair[0], **options()), greedy)
@@ -231,6 +300,24 @@ def references(llm: Any, requests: Sequence[Request]) -> dict[int, Any]:
     others = [request for request in requests if not request.options.keys() & MEDDLING]
     found = dict(zip(map(id, others), answers(llm, others), strict=True))
     return found | {id(request): answers(llm, [request])[0] for request in alone}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_feature_beside_neighbours_and_alone(
+    engines: Engines,
+    pair: tuple[Path, Path],
+    with_feature: dict[str, list[Request]],
+    expected: dict[int, Any],
+    mode: str,
+    name: str,
+) -> None:
+    llm = engines.get(pair[0], ssd(pair[1], K), **options())
+    comparison = Comparison(llm, expected)
+    requests = with_feature[name]
+    for asked in (requests, requests[1:2]):
+        assert not any(found := comparison.differences(mode, asked)), found
+    assert stats(llm)["draft_restarts"] == stats(llm)["failures"] == 0
 
 
 def test_answers_are_the_same(
@@ -252,5 +339,4 @@ def test_answers_are_the_same(
     print(len(drawn), "batches", sum(len(batch.requests) for batch in drawn), "requests", counted)
     assert not faults
     assert metric(llm, "vllm:spec_decode_num_accepted_tokens") > 1000
-    assert counted["draft_restarts"] == counted["failures"] == 0
-    assert counted["draft"]["state"] == "ready"
+    assert counted["draft_restarts"] == counted["failures"] == counted["draft"]["dropped"] == 0

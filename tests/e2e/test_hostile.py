@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import Engines, generate, give_draft_time, greedy_params, in_worker, ssd, stats
+from engines import Engines, await_draft, generate, greedy_params, in_worker, ssd, stats
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -25,7 +25,7 @@ def test_no_request_costs_others_their_drafts(engines: Engines, pair: tuple[Path
     from vllm import SamplingParams
 
     llm = engines.get(pair[0], ssd(pair[1], 4), skip_tokenizer_init=True)
-    in_worker(llm, give_draft_time)
+    in_worker(llm, await_draft)
     good = greedy_params(40, detokenize=False)
     (alone,) = generate(llm, [GOOD], good)
     pid = stats(llm)["draft"]["pid"]

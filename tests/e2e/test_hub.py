@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
 import readme
-from engines import Engines, generate, give_draft_time, greedy_params, in_worker, stats
+from engines import Engines, await_draft, generate, greedy_params, in_worker, stats
 
 pytestmark = pytest.mark.timeout(280)
-
-PATIENCE_S = 150.0
 
 
 def test_the_readmes_python_file(
@@ -33,8 +30,6 @@ def test_the_readmes_python_file(
     exec(compile(readme.snippet(*hub_pair), "README.md", "exec"), {"__name__": "__main__"})
     (llm,) = made
     assert "RequestOutput" in capsys.readouterr().out
-    in_worker(llm, give_draft_time)
-    deadline = time.monotonic() + PATIENCE_S
-    while not stats(llm)["hits"]:  # a busy machine may miss many rounds
-        assert time.monotonic() < deadline, stats(llm)
-        generate(llm, [[5, 6, 7]], greedy_params(64))
+    in_worker(llm, await_draft)
+    generate(llm, [[5, 6, 7]], greedy_params(64))
+    assert stats(llm)["hits"] > 0

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from engines import (
     Engines,
+    await_draft,
     generate,
-    give_draft_time,
     greedy_params,
     in_worker,
     is_running,
+    let_finished_go,
     metric,
     ssd,
     stats,
@@ -71,7 +72,7 @@ def demanding_params() -> list[Any]:
         greedy_params(NUM_TOKENS, bad_words=["a", "b"]),
         greedy_params(1),
         greedy_params(2),
-        # Right only with compat.mend_min_tokens_of_bonus.
+        # Right only with repairs.patch_min_tokens_of_bonus.
         greedy_params(NUM_TOKENS, min_tokens=10, stop_token_ids=list(range(2, 200))),
     ]
 
@@ -103,7 +104,7 @@ def test_identical(
 ) -> None:
     target, draft = pair
     llm = engines.get(target, ssd(draft, num_drafts, **options), **small_chunks())
-    in_worker(llm, give_draft_time)
+    in_worker(llm, await_draft)
     assert generate(llm, mixed_prompts(), greedy_params(NUM_TOKENS)) == reference
     one_by_one = [generate(llm, [prompt], greedy_params(NUM_TOKENS))[0] for prompt in mixed_prompts()[::5]]
     assert one_by_one == reference[::5]
@@ -136,8 +137,8 @@ def finish_some_and_abort_others(llm: Any, expected: list[list[int]]) -> None:
                 answers[output.request_id] = list(output.outputs[0].token_ids)
     kept = [index for index in range(len(ids)) if index not in range(1, len(ids), 4)]
     assert [answers[f"abort-{index}"] for index in kept] == [expected[index] for index in kept]
-    generate(llm, short_prompts()[:1], greedy_params(2))
-    assert in_worker(llm, lambda worker: len(worker.model_runner.proposer.proposer._live)) <= 1
+    let_finished_go(llm)
+    assert not in_worker(llm, lambda worker: worker.model_runner.proposer.keys())
 
 
 def test_identical_when_preempted(
@@ -145,7 +146,7 @@ def test_identical_when_preempted(
 ) -> None:
     target, draft = pair
     llm = engines.get(target, ssd(draft, 4), **few_blocks())
-    in_worker(llm, give_draft_time)
+    in_worker(llm, await_draft)
     assert generate(llm, short_prompts(), greedy_params(100)) == short_reference
     assert metric(llm, "vllm:num_preemptions") > 0
     assert stats(llm)["hits"] > 0
@@ -155,7 +156,7 @@ def test_a_clean_shutdown_leaves_nothing(engines: Engines, pair: tuple[Path, Pat
     from vllm_ssd.link.announcement import ask
 
     llm = engines.get(pair[0], ssd(pair[1], 4), **few_blocks())
-    name = llm.llm_engine.vllm_config.speculative_config.engine_id
+    name = llm.llm_engine.vllm_config.speculative_config.placement.engine_id
     pid = stats(llm)["draft"]["pid"]
     with ask(name):
         pass

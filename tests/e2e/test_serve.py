@@ -153,13 +153,18 @@ def test_chat_and_its_streaming_agree(server: Server) -> None:
     )
 
 
-def test_sampling(server: Server) -> None:
-    answer = json.loads(
-        server.post(
-            "/v1/completions", prompt="Once", max_tokens=16, temperature=0.8, top_p=0.9, n=3, ignore_eos=True
-        )
+def test_seeded_sampling(server: Server) -> None:
+    """Three answers that differ, which the seed brings back, whatever is drafted for them."""
+    asked = {"prompt": "Once", "max_tokens": 16, "temperature": 0.8, "top_p": 0.9, "n": 3, "ignore_eos": True}
+    first, again, other = (
+        [
+            choice["text"]
+            for choice in json.loads(server.post("/v1/completions", **asked, seed=seed))["choices"]
+        ]
+        for seed in (5, 5, 1000)
     )
-    assert len(answer["choices"]) == 3
+    assert first == again
+    assert len({*first, *other}) == 6
 
 
 def test_metrics(server: Server) -> None:

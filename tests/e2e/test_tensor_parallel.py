@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from engines import Engines, generate, give_draft_time, give_up_draft, greedy_params, ssd, stats
+from engines import Engines, await_draft, generate, give_up_draft, greedy_params, ssd, stats
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -61,7 +61,7 @@ def planned(engines: Engines, pair: tuple[Path, Path]) -> Any:
     """An engine whose planner has timed both ranks."""
     speculative = ssd(pair[1], 4, ssd_planner=True, ssd_fallback="ngram")
     llm = engines.get(pair[0], speculative, **RANKS)
-    llm.collective_rpc(give_draft_time)
+    llm.collective_rpc(await_draft)
     llm.collective_rpc("ssd_plan", args=(4, 8))  # what it plans is its own
     return llm
 
@@ -96,7 +96,7 @@ def test_ratio_verification_takes_the_same_laws_on_both_ranks(
 ) -> None:
     """Each rank would read what there is of them at another time."""
     llm = engines.get(pair[0], ssd(pair[1], 3, ssd_verify="ratio", ssd_fallback="ngram"), **RANKS)
-    llm.collective_rpc(give_draft_time)
+    llm.collective_rpc(await_draft)
     generate(llm, prompts(), sampled())
     assert_ranks_agree(llm)
     assert stats(llm)["hits"] > 20

@@ -24,7 +24,7 @@ from transformers import LlamaForCausalLM
 
 FULL = os.environ.get("VLLM_SSD_FULL") == "1"
 VOCAB = 8
-PROMPT = [2, 5, 3, 7, 2, 5, 3]
+PROMPT = (2, 5, 3, 7, 2, 5, 3)
 NUM_TOKENS, NUM_ENUMERATED = 7, 3
 NUM_SAMPLES = 20_000 if FULL else 1_600  # of each path, over its laws
 NUM_TESTS = 100  # statistical tests in all, at most
@@ -45,12 +45,15 @@ class Law:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     allowed: tuple[int, ...] = ()  # tokens, by a grammar; none: all
+    prompt: tuple[int, ...] = PROMPT
 
     @torch.inference_mode()
     def next_tokens(self, model: LlamaForCausalLM, outputs: Sequence[Sequence[int]]) -> Float64Array:
         """[outputs, length, VOCAB]: the law of each output token, given the prompt and those before it."""
-        sequences = np.array([[*PROMPT, *output] for output in outputs])
-        logits = model(input_ids=torch.tensor(sequences)).logits.double().numpy()[:, len(PROMPT) - 1 : -1]
+        sequences = np.array([[*self.prompt, *output] for output in outputs])
+        logits = (
+            model(input_ids=torch.tensor(sequences)).logits.double().numpy()[:, len(self.prompt) - 1 : -1]
+        )
         logits = self._penalised(logits, sequences) / self.temperature
         if self.allowed:
             logits[..., [token for token in range(VOCAB) if token not in self.allowed]] = -np.inf
@@ -68,8 +71,9 @@ class Law:
     def _penalised(self, logits: Float64Array, sequences: npt.NDArray[np.int64]) -> Float64Array:
         """As vLLM defines the three penalties: repetition counts the prompt, the others do not."""
         once = np.eye(VOCAB)[sequences]
-        in_prompt = once[:, : len(PROMPT)].max(axis=1, keepdims=True)
-        seen = once[:, len(PROMPT) :].cumsum(axis=1) - once[:, len(PROMPT) :]  # times, before each position
+        in_prompt, output = np.split(once, [len(self.prompt)], axis=1)
+        in_prompt = in_prompt.max(axis=1, keepdims=True)
+        seen = output.cumsum(axis=1) - output  # times, before each position
         is_repeated = np.maximum(in_prompt, seen) > 0
         factor = np.where(logits > 0, 1 / self.repetition_penalty, self.repetition_penalty)
         logits = np.where(is_repeated, logits * factor, logits)
@@ -81,7 +85,7 @@ class Law:
         from vllm.sampling_params import StructuredOutputsParams
 
         options = asdict(self)
-        allowed = options.pop("allowed")
+        allowed, _ = options.pop("allowed"), options.pop("prompt")
         if allowed:
             characters = "".join(SYMBOLS[token - NUM_SPECIAL] for token in allowed)
             regex = f"[{re.escape(characters)}]{{{NUM_TOKENS}}}"
@@ -142,7 +146,7 @@ def p_of_all_tokens(model: LlamaForCausalLM, samples: list[list[int]], law: Law)
 def sample(llm: Any, laws: Sequence[Law], count: int) -> list[list[list[int]]]:
     """[laws][count][NUM_TOKENS]: samples of each law, all in the same batches."""
     params = [law.sampling_params() for law in laws]
-    outputs = generate(llm, [PROMPT] * (count * len(laws)), params * count)
+    outputs = generate(llm, [list(law.prompt) for law in laws] * count, params * count)
     return [outputs[index :: len(laws)] for index in range(len(laws))]
 
 

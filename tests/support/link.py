@@ -7,7 +7,7 @@ import numpy as np
 from vllm_ssd.link.draft_probs import DraftLaws
 from vllm_ssd.link.messages import Start, ToDraft
 from vllm_ssd.link.outcome_cache import OutcomeCache
-from vllm_ssd.target.proposer import News
+from vllm_ssd.target.draft_link import News
 
 
 class Link:

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm_ssd.plan.costs import NGRAM
-from vllm_ssd.target.backup import NOTHING, DraftAccess, Drafts, MissedOutcome
+from vllm_ssd.target.backup import MissedOutcome
+from vllm_ssd.target.draft_link import DraftLink
+from vllm_ssd.target.live import NOTHING, Drafts
 
 MODES = ("none", "some", "all")
 
 
 class Oracle:
-    """Stands where a proposer has its fallback: drafts that continue a known sequence, a third of them wrong.
+    """Stands where a proposer has its backup: drafts that continue a known sequence, a third of them wrong.
 
     Args:
         runner: the target's model runner.
@@ -24,8 +26,8 @@ class Oracle:
         self.sequences: list[list[int]] = []  # prompts with their answers
         self.mode = "all"
 
-    def propose(self, missed: Sequence[MissedOutcome], num_drafts: int, draft: DraftAccess) -> list[Drafts]:
-        """See `vllm_ssd.target.backup.Fallback`."""
+    def propose(self, missed: Sequence[MissedOutcome], num_drafts: int, draft: DraftLink) -> list[Drafts]:
+        """See `vllm_ssd.target.backup.Backup`."""
         rows = [self._continue(self._runner.token_history(row.request_id), num_drafts) for row in missed]
         return [Drafts(NGRAM, row) if row else NOTHING for row in rows]
 
@@ -46,8 +48,8 @@ def with_oracle(worker: Any) -> Oracle:
     runner = worker.model_runner
     oracle = Oracle(runner, runner.input_batch.vocab_size)
     proposer = runner.proposer.proposer  # within its guard
-    proposer._fallback = oracle
-    proposer._look_up = lambda outcomes, num_drafts: [None] * len(outcomes) if num_drafts else None
+    proposer._backup = oracle
+    proposer._look_up = lambda rows, plan: [None] * len(rows) if plan.num_drafts else None
     return oracle
 
 

@@ -13,7 +13,8 @@ import pytest
 from toy import ToyEngine, rank_after
 from wire import configure
 
-from vllm_ssd.draft.server import BranchTable, DraftServer, Engine
+from vllm_ssd.draft.rows import Engine
+from vllm_ssd.draft.server import BranchTable, DraftServer
 from vllm_ssd.link.counters import DRAFT_FIELDS, Counters
 from vllm_ssd.link.draft_probs import DraftLaws
 from vllm_ssd.link.messages import (

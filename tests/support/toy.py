@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import cast
 
 import numpy as np
@@ -27,17 +28,26 @@ def digest(before: int, token: int, position: int) -> int:
     return (before * 1_000_003 + token * 8_191 + position * 131 + 17) % MODULUS
 
 
+@lru_cache(maxsize=1 << 16)
 def ranked_tokens(prefix_digest: int, vocab_size: int) -> Int64Array:
-    """[vocab_size] all tokens, most likely first."""
-    return np.random.default_rng(prefix_digest).permutation(vocab_size)
+    """[vocab_size] all tokens, most likely first; not to be changed."""
+    ranked = np.random.default_rng(prefix_digest).permutation(vocab_size)
+    ranked.flags.writeable = False
+    return ranked
 
 
 def rank_after(tokens: Sequence[int], vocab_size: int) -> Int64Array:
     """[vocab_size] all tokens by likelihood after these."""
+    return ranked_tokens(_digest_of(tuple(tokens)), vocab_size)
+
+
+@lru_cache(maxsize=1 << 14)
+def _digest_of(tokens: tuple[int, ...]) -> int:
+    """Remembered: what a branch holds is checked after every step."""
     state = START
     for position, token in enumerate(tokens):
         state = digest(state, token, position)
-    return ranked_tokens(state, vocab_size)
+    return state
 
 
 def fingerprint(state: int, seed: int) -> float:

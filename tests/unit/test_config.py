@@ -48,12 +48,22 @@ def test_only_model_and_number_are_needed(pair: Pair) -> None:
     assert not config.scheduler_config.async_scheduling
     assert ssd.draft_model_config.model == str(pair[1])
     assert ssd.draft_model_config.get_vocab_size() == 512
-    cores = [int(core) for core in ssd.ssd_draft_cores.split(",")]
-    assert set(cores) <= os.sched_getaffinity(0)
+    place = ssd.placement
+    assert place.device == "cpu"
+    assert set(place.cores) <= os.sched_getaffinity(0)
     if len(os.sched_getaffinity(0)) > 1:
-        assert min(os.sched_getaffinity(0)) not in cores
-    assert create(pair).speculative_config.engine_id != ssd.engine_id
-    assert ssd.ssd_draft_memory == 0.5
+        assert min(os.sched_getaffinity(0)) not in place.cores
+    assert place.memory_bytes == 1 << 29
+    assert create(pair).speculative_config.placement.engine_id != place.engine_id
+
+
+def test_options_that_the_user_left_open_stay_open(pair: Pair) -> None:
+    """What is chosen is `placement`, and not made to look like what the user said."""
+    from vllm_ssd.config import _default
+
+    ssd = create(pair).speculative_config
+    defaults = {field.name: _default(field) for field in fields(ssd) if field.name.startswith("ssd_")}
+    assert {name: getattr(ssd, name) for name in defaults} == defaults
 
 
 def test_options_are_kept(pair: Pair) -> None:
@@ -67,6 +77,7 @@ def test_options_are_kept(pair: Pair) -> None:
         ssd_wait_ms=1.5,
         max_model_len=128,
     ).speculative_config
+    assert config.placement.cores == (first,)
     assert config.ssd_fanout == [4, 3, 1, 1, 1]
     assert config.ssd_draft_cores == str(first)
     assert config.ssd_fallback == "ngram"
@@ -319,16 +330,17 @@ def test_drafts_of_unsupported_kinds(attribute: str, said: str) -> None:
 
 
 def on_cuda(monkeypatch: pytest.MonkeyPatch, num_devices: int) -> None:
-    from vllm_ssd import config
+    from vllm_ssd import config, placement
 
-    platform = SimpleNamespace(
+    stand_in = SimpleNamespace(
         is_cpu=lambda: False,
         is_cuda=lambda: True,
         device_count=lambda: num_devices,
         device_type="cuda",
         get_device_total_memory=lambda index: (40 + index) << 30,
     )
-    monkeypatch.setattr(config, "current_platform", platform)
+    for module in (config, placement):
+        monkeypatch.setattr(module, "current_platform", stand_in)
 
 
 def test_another_platform(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,9 +361,13 @@ def test_the_drafts_gpu(
 ) -> None:
     on_cuda(monkeypatch, num_devices)
     config = create(pair, ssd_draft_device=asked)
-    assert config.speculative_config.draft_device == device
+    place = config.speculative_config.placement
+    assert place.device == device
+    assert place.memory_bytes == 4 << 30
+    assert config.speculative_config.ssd_draft_device == asked
     assert config.parallel_config.worker_cls == "vllm_ssd.target.worker_cuda.SSDWorker"
-    assert len(config.speculative_config.draft_cores) == len(os.sched_getaffinity(0))
+    assert len(place.cores) == len(os.sched_getaffinity(0))
+    assert not place.engine_cores
 
 
 def test_a_gpu_that_does_not_exist(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,27 +384,23 @@ def test_on_cuda_the_planner_needs_a_scheduler_that_waits(
 
 
 def test_with_ray_the_drafts_gpu_is_named(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_ssd.config import _choose_draft_device
+    from vllm_ssd.placement import _choose_device
 
     on_cuda(monkeypatch, 4)
     parallel = SimpleNamespace(distributed_executor_backend="ray", assigned_physical_gpu_ids=None)
-    ssd = SimpleNamespace(ssd_draft_device=None, target_parallel_config=parallel)
     with pytest.raises(ValueError, match="ssd_draft_device"):
-        _choose_draft_device(ssd)
-    ssd.ssd_draft_device = "cuda:3"
-    assert _choose_draft_device(ssd) == "cuda:3"
+        _choose_device(None, parallel)
+    assert _choose_device("cuda:3", parallel) == "cuda:3"
 
 
 def test_beside_chosen_gpus_the_drafts_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_ssd.config import _choose_draft_device
+    from vllm_ssd.placement import _choose_device
 
     on_cuda(monkeypatch, 4)
     parallel = SimpleNamespace(distributed_executor_backend="mp", assigned_physical_gpu_ids=[2, 3])
-    ssd: Any = SimpleNamespace(ssd_draft_device=None, target_parallel_config=parallel)
     with pytest.raises(ValueError, match=r"\[2, 3\].*ssd_draft_device"):
-        _choose_draft_device(ssd)
-    ssd.ssd_draft_device = "cuda:0"
-    assert _choose_draft_device(ssd) == "cuda:0"
+        _choose_device(None, parallel)
+    assert _choose_device("cuda:0", parallel) == "cuda:0"
 
 
 def test_a_gpu_where_there_is_none(pair: Pair) -> None:
@@ -421,7 +433,6 @@ def test_every_option_that_is_not_honoured_is_refused(pair: Pair) -> None:
         {"num_speculative_tokens_per_batch_size": [[1, 4, 3]]},
         {"draft_model_config": {}},
         {"target_model_config": {}},
-        {"engine_id": "mine"},
     ],
     ids=lambda options: next(iter(options)),
 )
@@ -430,17 +441,30 @@ def test_options_of_other_methods(pair: Pair, options: dict[str, Any]) -> None:
     assert_one_line(refusal(pair, **options), "does not support", name, "remove it")
 
 
-KEPT = ("method", "model", "draft_load_config", "prompt_lookup_max", "engine_id")
-
-
 def test_a_config_that_is_made_again(pair: Pair) -> None:
     options = {"ssd_draft_cores": 0, "draft_load_config": {"load_format": "pt"}, "ssd_draft_memory": "1GiB"}
     ssd = create(pair, **options).speculative_config
     again = pickle.loads(pickle.dumps(ssd))
     again.__post_init__()
     for name in (field.name for field in fields(ssd)):
-        if name.startswith("ssd_") or name in KEPT:
+        if name.startswith("ssd_") or name in ("method", "model", "draft_load_config", "prompt_lookup_max"):
             assert getattr(again, name) == getattr(ssd, name), name
+
+
+def test_a_place_once_chosen_stays(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the engine's processes too, which may be bound to other cores than the frontend, and see others."""
+    ssd = create(pair).speculative_config
+    pickled = pickle.dumps(ssd)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {NO_CORE})
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", str(NO_CORE))
+    again = pickle.loads(pickled)
+    again.__post_init__()
+    assert again.placement == ssd.placement
+    assert again.ssd_draft_cores is None
+
+
+def test_the_place_is_no_option(pair: Pair) -> None:
+    assert any("placement" in line for line in refusal(pair, placement={"device": "cpu"}))
 
 
 def test_a_verification_that_fits_no_step(pair: Pair) -> None:
@@ -571,18 +595,24 @@ def test_cores_that_are_none(pair: Pair, given: Any) -> None:
     assert any("ssd_draft_cores" in line for line in refusal(pair, ssd_draft_cores=given))
 
 
-def test_the_readme_has_every_option_with_its_default() -> None:
+@pytest.mark.parametrize("document", ["docs/options.md", "README.md"])
+def test_the_documents_have_the_options_with_their_defaults(document: str) -> None:
+    """docs/options.md all of them."""
     from vllm_ssd.config import SSDSpeculativeConfig
 
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    rows = [line.split(" | ") for line in readme.splitlines() if line.startswith("| `ssd_")]
+    text = (Path(__file__).parents[2] / document).read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `ssd_")]
     told = {row[0].strip("| `"): row[1].strip("` ") for row in rows}
     defaults = {
         field.name: getattr(field.default, "default", field.default)
         for field in fields(SSDSpeculativeConfig)
         if field.name.startswith("ssd_")
     }
-    assert told.keys() == defaults.keys()
-    for name, default in defaults.items():
+    assert told
+    assert told.keys() <= defaults.keys()
+    if document != "README.md":
+        assert told.keys() == defaults.keys()
+    for name, value in told.items():
+        default = defaults[name]
         if default not in (None, "auto"):  # those are told in words
-            assert told[name] == default or json.loads(told[name]) == default, name
+            assert value == default or json.loads(value) == default, name

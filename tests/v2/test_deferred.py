@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,10 +16,14 @@ from vllm_ssd.link.outcome_cache import OutcomeCache
 from vllm_ssd.plan.costs import Costs
 from vllm_ssd.plan.planner import FixedPlan, Plan
 from vllm_ssd.target import deferred as deferred_module
-from vllm_ssd.target.backup import NoFallback
+from vllm_ssd.target.backup import NoBackup
 from vllm_ssd.target.deferred import DeferredRounds
+from vllm_ssd.target.draft_link import News
 from vllm_ssd.target.guard import Guard
-from vllm_ssd.target.proposer import News, Proposer
+from vllm_ssd.target.histories import Histories
+from vllm_ssd.target.observer import RoundObserver
+from vllm_ssd.target.proposer import Proposer
+from vllm_ssd.target.served_probs import ServedProbs
 
 K, SLOTS, BUDGET, VOCAB = 3, 4, 8, 100
 
@@ -32,42 +36,32 @@ class Bench:
     def __init__(self) -> None:
         self.link = Link(self.new_cache(), DraftLaws(SLOTS, K, VOCAB))
         self.counters = Counters(target_fields(K))
-        self.histories: dict[str, list[int]] = {}
+        self.histories = Histories()
         self.slots: dict[str, int] = {}
+        observer = RoundObserver(self.counters, Costs())
         self.proposer = Proposer(
             self.link,
             SLOTS,
-            NoFallback(),
-            Costs(),
+            NoBackup(),
             lambda name: self.histories[name],
-            self.counters,
+            observer,
             FixedPlan(Plan(K, BUDGET)),
             VOCAB,
             K,
         )
-        self.guard = Guard(self.proposer, self.counters)
+        self.guard = Guard(self.proposer, ServedProbs(self.link, observer), self.counters)
         self.deferred = DeferredRounds(
-            self.guard, self.link, self.counters, self, SLOTS, K, VOCAB, torch.device(DEVICE)
+            self.guard, self.link, self.counters, self.histories, SLOTS, K, VOCAB, torch.device(DEVICE)
         )
         self.last_sampled = torch.zeros(SLOTS, dtype=torch.int64, device=DEVICE)
 
     def new_cache(self) -> OutcomeCache:
         return OutcomeCache(SLOTS, BUDGET, K, VOCAB)
 
-    def new_tokens(self, names: Sequence[str], counts: Sequence[int], last: Sequence[int]) -> list[list[int]]:
-        return [
-            [*self.proposer.verified(name)[: count - 1], token] if count and name in self.histories else []
-            for name, count, token in zip(names, counts, last, strict=True)
-        ]
-
-    def extend(self, names: Sequence[str], sampled: Sequence[list[int]]) -> None:
-        for name, tokens in zip(names, sampled, strict=True):
-            if tokens:
-                self.histories[name] += tokens
-
     def start(self, name: str, slot: int, tokens: list[int]) -> Start | None:
         with self.deferred.lock:
-            self.histories[name], self.slots[name] = list(tokens), slot
+            self.histories.begin(name, list(tokens))
+            self.slots[name] = slot
             epoch = self.proposer.start(name, tokens, slot=slot)
         self.deferred.begin(slot, epoch)
         starts = [message for message in self.link.take_sent() if isinstance(message, Start)]
@@ -115,7 +109,8 @@ def test_the_draft_hears_what_the_device_found(bench: Bench) -> None:
     bench.link.publish(a, 1, 2, 60, [61])
     assert bench.step({"a": (3, 60)}) == [[61]]
     assert bench.told() == [RoundOutcome(2, a.epoch, 1, [51, 52, 60], [61], 3)]
-    assert bench.histories == {"a": [1, 2, 50, 51, 52, 60], "b": [3, 70]}
+    assert bench.histories["a"] == [1, 2, 50, 51, 52, 60]
+    assert bench.histories["b"] == [3, 70]
     assert bench.deferred.proposed() == (["a"], [[61]])
     counted = bench.counters.as_dict()
     assert (counted["rounds"], counted["lookups"], counted["hits"]) == (2, 3, 2)
@@ -152,7 +147,7 @@ def test_an_outcome_in_flight_is_not_the_next_requests(bench: Bench) -> None:
     try:
         bench.step({"a": (1, 8)})  # the thread cannot take it in yet
         bench.proposer.stop("a")
-        bench.histories["a"] = [5]
+        bench.histories.begin("a", [5])
         bench.deferred.begin(1, bench.proposer.start("a", [5], slot=1))
         bench.starts = [message for message in bench.link.take_sent() if isinstance(message, Start)]
     finally:
@@ -274,7 +269,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, times: int)
     monkeypatch.setattr(owner, name, fail)
 
 
-@pytest.mark.parametrize("point", ["receive", "_hear_of_draft", "_rows", "_go_on", "_count", "_tell"])
+@pytest.mark.parametrize("point", ["receive", "_hear_of_draft", "_rows", "_back_up", "_tell"])
 def test_a_failure_of_the_bookkeeping_costs_one_round(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, point: str
 ) -> None:
@@ -299,14 +294,13 @@ def test_a_failure_of_the_bookkeeping_costs_one_round(
     assert bench.step({"a": (1, 61), "b": (1, 7)}) == [[62], [8]]  # b was never harmed
 
 
-@pytest.mark.parametrize("point", ["new_tokens", "extend"])
 def test_a_gap_in_a_requests_tokens_is_that_requests_alone(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, point: str
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert bench.start("a", 1, [1, 2]) is not None
     b = bench.start("b", 2, [3])
     assert b is not None
-    plant(monkeypatch, bench, point, 1)
+    plant(monkeypatch, bench.histories, "add_outcomes", 1)
     bench.step({"a": (1, 50)})
     bench.deferred.proposed()
     bench.link.publish(b, 0, 0, 7, [8])

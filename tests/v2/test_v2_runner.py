@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 from device import DEVICE
-from engines import Engines, generate, greedy_params, in_worker, metric, ssd, stats
+from engines import Engines, generate, greedy_params, in_worker, let_finished_go, metric, ssd, stats
 from laws import Law, assert_exact, assert_rejected
 from transformers import LlamaForCausalLM
 
 from vllm_ssd import compat
-from vllm_ssd.link.draft_probs import PointMass
 from vllm_ssd.target import runner_v2
 from vllm_ssd.target.runner_v2 import SSDModelRunnerV2
+from vllm_ssd.verify.ratio import PointMass
 
 # Where vLLM's kernels hang in the interpreter, a test must still end.
 pytestmark = pytest.mark.timeout(300)
@@ -105,11 +105,11 @@ def seeded_reference(engines: Engines, pair: Pair) -> list[list[int]]:
     [
         (1, {"ssd_fallback": "draft"}),
         (2, {}),
-        (3, {"ssd_verify": "ratio"}),
         (4, {"ssd_fallback": "ngram", "max_model_len": 100}),
         (5, {"ssd_planner": True}),
+        (3, {"ssd_verify": "ratio"}),  # the next test's engine
     ],
-    ids=["1-just-in-time", "2", "3-ratio", "4-ngram-short-draft", "5-planned"],
+    ids=["1-just-in-time", "2", "4-ngram-short-draft", "5-planned", "3-ratio"],
 )
 def test_greedy_and_seeded_tokens_are_those_without_speculation(
     engines: Engines,
@@ -129,12 +129,7 @@ def test_greedy_and_seeded_tokens_are_those_without_speculation(
     assert metric(llm, "vllm:num_preemptions") > 0
     assert metric(llm, "vllm:spec_decode_num_accepted_tokens") > 0
     let_finished_go(llm)
-    assert in_worker(llm, lambda worker: len(worker.model_runner.speculator._histories)) <= 1
-
-
-def let_finished_go(llm: Any) -> None:
-    """A later step tells the runner that requests have finished: run one more, which alone may stay."""
-    generate(llm, [[5]], greedy_params(1))
+    assert not in_worker(llm, lambda worker: worker.model_runner.speculator._histories)
 
 
 def is_deferred(llm: Any) -> bool:
@@ -147,28 +142,59 @@ def is_deferred(llm: Any) -> bool:
     return True
 
 
-def constrained(llm: Any) -> list[list[int]]:
-    """Greedy and seeded requests of which some may only say what a pattern, top-k or top-p allows."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import StructuredOutputsParams
-
-    params = []
-    for i in range(6):
-        kinds: list[dict[str, Any]] = [
-            {"structured_outputs": StructuredOutputsParams(regex="(ab|cd|e[a-f]){3,9}")},
-            {"top_k": 20},
-            {"top_p": 0.8},
-        ]
-        params.append(SamplingParams(temperature=float(i % 2), seed=i, max_tokens=NUM_TOKENS, **kinds[i % 3]))
-    return generate(llm, mixed_prompts()[14:20], params)
+_agreement = runner_v2.longest_agreement
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="vLLM's kernels for these do not run in the interpreter")
-def test_grammars_top_k_and_top_p(engines: Engines, pair: Pair) -> None:
-    expected = constrained(engines.get(pair[0], **few_blocks()))
-    llm = engines.get(pair[0], ssd(pair[1], 3), **few_blocks())
-    assert constrained(llm) == expected
-    assert stats(llm)["hits"] > 0
+def _num_drafts(own: torch.Tensor, drafts: torch.Tensor, begins: torch.Tensor, k: int) -> int:
+    """Drafts among what is verified: every row begins with a token that is none."""
+    return int((drafts >= 0).sum()) - (len(begins) - 1)
+
+
+def watch_histories(worker: Any) -> None:
+    """Keep what the speculator took each request's tokens to be."""
+    speculator = worker.model_runner.speculator
+    speculator.watched = []
+    stock = speculator.remove
+
+    def remove(request_id: str) -> None:
+        speculator.proposed()  # its last round is taken in: else it may leave before the thread has seen that
+        if request_id in speculator._histories:
+            speculator.watched.append(speculator.history(request_id))
+        stock(request_id)
+
+    speculator.remove = remove
+
+
+@pytest.mark.parametrize("options", [{"ssd_verify": "ratio"}, {}], ids=["ratio", "coupled"])
+def test_filled_up_rows(
+    engines: Engines,
+    pair: Pair,
+    greedy_reference: list[list[int]],
+    seeded_reference: list[list[int]],
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Places without a draft are verified as such, and the draft hears of the tokens that were sampled."""
+    verified: list[int] = []
+    monkeypatch.setattr(
+        runner_v2, "longest_agreement", lambda *args: verified.append(_num_drafts(*args)) or _agreement(*args)
+    )
+    llm = engines.get(pair[0], ssd(pair[1], 3, **options), **few_blocks())
+    in_worker(llm, watch_histories)
+    prompts = mixed_prompts()[:16]
+    outputs = in_batches(llm, prompts, greedy_params(NUM_TOKENS))
+    assert outputs == greedy_reference[:16]
+    in_worker(llm, lambda worker: worker.model_runner.speculator.proposed())  # all rounds are taken in
+    if not options:
+        assert in_batches(llm, prompts, seeded_params(16)) == seeded_reference[:16]
+        in_worker(llm, lambda worker: worker.model_runner.speculator.proposed())
+        assert 0 < sum(verified) <= stats(llm)["drafts_served"]
+    assert is_deferred(llm) == (not options)
+    let_finished_go(llm)
+    watched = in_worker(llm, lambda worker: worker.model_runner.speculator.watched)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        # A preempted request leaves before its end, and the last round may yield more than was asked for.
+        assert any(tokens[: len(prompt) + NUM_TOKENS] == prompt + output for tokens in watched)
 
 
 def test_a_killed_draft_and_aborted_requests(
@@ -199,6 +225,30 @@ def test_a_killed_draft_and_aborted_requests(
     assert stats(llm)["hits"] > 0
 
 
+def constrained(llm: Any) -> list[list[int]]:
+    """Greedy and seeded requests of which some may only say what a pattern, top-k or top-p allows."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    params = []
+    for i in range(6):
+        kinds: list[dict[str, Any]] = [
+            {"structured_outputs": StructuredOutputsParams(regex="(ab|cd|e[a-f]){3,9}")},
+            {"top_k": 20},
+            {"top_p": 0.8},
+        ]
+        params.append(SamplingParams(temperature=float(i % 2), seed=i, max_tokens=NUM_TOKENS, **kinds[i % 3]))
+    return generate(llm, mixed_prompts()[14:20], params)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="vLLM's kernels for these do not run in the interpreter")
+def test_grammars_top_k_and_top_p(engines: Engines, pair: Pair) -> None:
+    expected = constrained(engines.get(pair[0], **few_blocks()))
+    llm = engines.get(pair[0], ssd(pair[1], 3), **few_blocks())
+    assert constrained(llm) == expected
+    assert stats(llm)["hits"] > 0
+
+
 def test_seams_of_the_runner_are_put_back_and_fail_loudly(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.worker.cpu import model_runner as cpu
     from vllm.v1.worker.gpu import model_runner as gpu
@@ -223,61 +273,6 @@ def test_seams_of_the_runner_are_put_back_and_fail_loudly(monkeypatch: pytest.Mo
     monkeypatch.delattr(gpu, "init_speculator")
     with pytest.raises(AttributeError, match="init_speculator"), compat.speculator_class(lambda *args: None):
         pass
-
-
-def watch_histories(worker: Any) -> None:
-    """Keep what the speculator took each request's tokens to be."""
-    speculator = worker.model_runner.speculator
-    speculator.watched = []
-    stock = speculator.remove
-
-    def remove(request_id: str) -> None:
-        speculator.proposed()  # its last round is taken in: else it may leave before the thread has seen that
-        if request_id in speculator._histories:
-            speculator.watched.append(speculator.history(request_id))
-        stock(request_id)
-
-    speculator.remove = remove
-
-
-@pytest.mark.parametrize("verify", ["coupled", "ratio"])
-def test_filled_up_rows(
-    engines: Engines,
-    pair: Pair,
-    greedy_reference: list[list[int]],
-    seeded_reference: list[list[int]],
-    verify: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Places without a draft are verified as such, and the draft hears of the tokens that were sampled."""
-    verified: list[int] = []
-    monkeypatch.setattr(
-        runner_v2, "longest_agreement", lambda *args: verified.append(_num_drafts(*args)) or _agreement(*args)
-    )
-    llm = engines.get(pair[0], ssd(pair[1], 3, ssd_verify=verify), **few_blocks())
-    in_worker(llm, watch_histories)
-    prompts = mixed_prompts()[:16]
-    outputs = in_batches(llm, prompts, greedy_params(NUM_TOKENS))
-    assert outputs == greedy_reference[:16]
-    in_worker(llm, lambda worker: worker.model_runner.speculator.proposed())  # all rounds are taken in
-    if verify == "coupled":
-        assert in_batches(llm, prompts, seeded_params(16)) == seeded_reference[:16]
-        in_worker(llm, lambda worker: worker.model_runner.speculator.proposed())
-        assert 0 < sum(verified) <= stats(llm)["drafts_served"]
-    assert is_deferred(llm) == (verify == "coupled")
-    let_finished_go(llm)
-    watched = in_worker(llm, lambda worker: worker.model_runner.speculator.watched)
-    for prompt, output in zip(prompts, outputs, strict=True):
-        # A preempted request leaves before its end, and the last round may yield more than was asked for.
-        assert any(tokens[: len(prompt) + NUM_TOKENS] == prompt + output for tokens in watched)
-
-
-_agreement = runner_v2.longest_agreement
-
-
-def _num_drafts(own: torch.Tensor, drafts: torch.Tensor, begins: torch.Tensor, k: int) -> int:
-    """Drafts among what is verified: every row begins with a token that is none."""
-    return int((drafts >= 0).sum()) - (len(begins) - 1)
 
 
 @pytest.fixture(scope="module")

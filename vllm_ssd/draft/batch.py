@@ -8,7 +8,8 @@ import numpy as np
 
 from vllm_ssd.draft.branches import BranchGroup
 from vllm_ssd.draft.requests import DraftRequest
-from vllm_ssd.draft.rows import NO_ENTRY, RowEntries, Rows, RowSampling
+from vllm_ssd.draft.rows import RowEntries, Rows, RowSampling
+from vllm_ssd.link.outcome_cache import NO_ENTRY
 from vllm_ssd.verify.noise import draft_seed
 
 
@@ -25,6 +26,28 @@ class TrunkRow:
         last_confirmed = self.request.num_confirmed - 1
         first = max(self.request.num_computed, last_confirmed) - last_confirmed
         return range(first, self.request.num_computed + self.num_tokens - last_confirmed)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step computes."""
+
+    trunk_rows: list[TrunkRow]
+    groups: list[tuple[DraftRequest, BranchGroup]]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.trunk_rows) + sum(len(group) for _, group in self.groups)
+
+    @property
+    def num_trunk_tokens(self) -> int:
+        return sum(row.num_tokens for row in self.trunk_rows)
+
+    @property
+    def requests(self) -> list[DraftRequest]:
+        """Whom it is about, each once."""
+        those = [row.request for row in self.trunk_rows] + [request for request, _ in self.groups]
+        return list({request.slot: request for request in those}.values())
 
 
 def build_rows(

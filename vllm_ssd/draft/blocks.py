@@ -8,9 +8,18 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 PrefixKey = tuple[int, tuple[int, ...]]  # (identity of the preceding block, this block's tokens)
 NO_PREFIX = 0
+
+
+@dataclass
+class BlockCopies:
+    """Whole-block copies to make before the next step, collected over requests."""
+
+    sources: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
 
 
 class BlockPool:

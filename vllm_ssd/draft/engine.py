@@ -38,9 +38,10 @@ from vllm_ssd.draft.graphs import (
 )
 from vllm_ssd.draft.inputs import StepInputs, inputs_of
 from vllm_ssd.draft.loading import UnsupportedDraft, engine_config, init_device, plan_kv_cache
-from vllm_ssd.draft.rows import NO_ENTRY, Candidates, Place, Rows, RowSampling
+from vllm_ssd.draft.rows import Candidates, Place, Rows, RowSampling
 from vllm_ssd.draft.sampling import DraftSampler, SampledRows
 from vllm_ssd.link.messages import Configure
+from vllm_ssd.link.outcome_cache import NO_ENTRY
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from vllm_ssd.draft.inputs import StepInputs
-from vllm_ssd.draft.rows import NO_ENTRY, Int64Array, Rows
+from vllm_ssd.draft.rows import Int64Array, Rows
+from vllm_ssd.link.outcome_cache import NO_ENTRY
 
 Replay = Callable[[], None]
 Capture = Callable[[Replay], Replay]

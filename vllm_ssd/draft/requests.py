@@ -8,13 +8,13 @@ it has in common with the outcome; what then has no KV yet is computed as part o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from vllm_ssd.draft.blocks import BlockPool
+from vllm_ssd.draft.blocks import BlockCopies, BlockPool
 from vllm_ssd.draft.branches import BranchGroup, private_block_count
 from vllm_ssd.draft.outcomes import OutcomeStatistics, draft_log_probs, outcome_log_probs
 from vllm_ssd.draft.rows import Candidates, Place
@@ -26,14 +26,6 @@ Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
 
 NO_TOKEN = -1
-
-
-@dataclass
-class BlockCopies:
-    """Whole-block copies to make before the next step, collected over requests."""
-
-    sources: list[int] = field(default_factory=list)
-    targets: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

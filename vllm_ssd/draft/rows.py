@@ -12,8 +12,6 @@ Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
 
-NO_ENTRY = -1
-
 
 @dataclass(frozen=True)
 class RowSampling:
@@ -29,7 +27,7 @@ class RowSampling:
 class RowEntries:
     """Where in the outcome cache the drafts of L wanted positions go."""
 
-    places: Int64Array  # [L], which of the entries of all slots, or NO_ENTRY
+    places: Int64Array  # [L], which of the entries of all slots, or NO_ENTRY (`link.outcome_cache`)
     depths: Int64Array  # [L], how many drafts it has
 
 
@@ -74,3 +72,23 @@ class Candidates:
 
     def __getitem__(self, row: int) -> Candidates:
         return Candidates(self.tokens[row], self.log_probs[row])
+
+
+class Engine(Protocol):
+    """What the server needs of the draft model (see `vllm_ssd.draft.engine.DraftEngine`)."""
+
+    block_size: int
+    num_blocks: int
+    vocab_size: int
+    max_model_len: int
+
+    def forward(self, rows: Rows) -> Predictions: ...
+
+    def advance(self) -> Predictions: ...
+
+    def likeliest(self, places: list[Place], num_candidates: int) -> Candidates: ...
+
+    def copy_blocks(self, sources: Int64Array, targets: Int64Array) -> None: ...
+
+    def check(self) -> None:
+        """Raises if no step can be run any more, whatever is in it."""

@@ -17,12 +17,15 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from vllm_ssd.draft.batch import TrunkRow, build_rows
-from vllm_ssd.draft.blocks import BlockPool
-from vllm_ssd.draft.branches import BranchGroup, private_block_count
+from vllm_ssd.draft.batch import TrunkRow, Work, build_rows
+from vllm_ssd.draft.blocks import BlockCopies, BlockPool
+from vllm_ssd.draft.branches import BranchGroup
+from vllm_ssd.draft.memory import BlockPolicy
+from vllm_ssd.draft.observer import StepObserver
 from vllm_ssd.draft.outcomes import Measured, OutcomeStatistics
-from vllm_ssd.draft.requests import BlockCopies, DraftRequest
-from vllm_ssd.draft.rows import Candidates, Place, Predictions, Rows
+from vllm_ssd.draft.requests import DraftRequest
+from vllm_ssd.draft.rows import Engine, Place, Predictions
+from vllm_ssd.draft.speculation import choose_branches
 from vllm_ssd.failures import Failures
 from vllm_ssd.link.counters import Counters
 from vllm_ssd.link.draft_probs import DraftLaws
@@ -39,36 +42,13 @@ from vllm_ssd.link.messages import (
 )
 from vllm_ssd.link.outcome_cache import Outcome
 from vllm_ssd.link.transport import Channel
-from vllm_ssd.plan.costs import RunningMean
-from vllm_ssd.plan.fanout import geometric_fanout, global_fanout, listed_fanout, scale_fanout, uniform_fanout
 
 IDLE_POLL_MS = 200
 SPIN_SECONDS = 0.02  # after work, before the draft's core may sleep: with cold caches steps are slow
 
-FloatArray = npt.NDArray[np.floating[Any]]
 Int64Array = npt.NDArray[np.int64]
 
 logger = logging.getLogger("vllm.ssd")
-
-
-class Engine(Protocol):
-    """What the server needs of the draft model (see `vllm_ssd.draft.engine.DraftEngine`)."""
-
-    block_size: int
-    num_blocks: int
-    vocab_size: int
-    max_model_len: int
-
-    def forward(self, rows: Rows) -> Predictions: ...
-
-    def advance(self) -> Predictions: ...
-
-    def likeliest(self, places: list[Place], num_candidates: int) -> Candidates: ...
-
-    def copy_blocks(self, sources: Int64Array, targets: Int64Array) -> None: ...
-
-    def check(self) -> None:
-        """Raises if no step can be run any more, whatever is in it."""
 
 
 class BranchTable(Protocol):
@@ -118,14 +98,9 @@ class DraftServer:
         self._depth = self._num_drafts  # steps of branches, as the target wants at present
         self._budget = configure.branch_budget
         self._num_candidates = min(configure.branch_budget + 1, engine.vocab_size)
-        # Of any root: the last slot of a block, and what follows.
-        self._blocks_of_branch = private_block_count(
-            engine.block_size - 1, self._num_drafts + 1, engine.block_size
-        )
-        self._starved: set[int] = set()  # slots that wait for the KV blocks of others' branches
-        self._evicted: set[int] = set()  # slots that have given up their blocks, and wait for as many
+        self._blocks = BlockPolicy(self._pool, self._requests, self._num_drafts, counters)
         self._measured = Measured(configure.branch_budget)
-        self._recent_step_ns = RunningMean(1e6)
+        self._observer = StepObserver(counters, self._num_drafts)
         self._advancing: list[BranchGroup] = []  # what the last step was made of, if of nothing else
         self._at_work: Iterable[DraftRequest] = ()  # whom the code that runs just now is about
         self._failures = Failures(logger, "a step of the draft failed; its requests go on without drafts")
@@ -203,27 +178,24 @@ class DraftServer:
         began = time.perf_counter_ns()
         self._reserve()
         self._fork()
-        self._at_work = list(self._requests.values())
-        requests = [request for request in self._requests.values() if request.is_urgent]
-        trunk_rows, groups = self._trunk_rows(requests), self._groups(requests, below=self._num_drafts)
-        if not trunk_rows and not groups:
-            requests = list(self._requests.values())
-            trunk_rows, groups = self._trunk_rows(requests), self._groups(requests, below=self._depth)
-        if not trunk_rows and not groups and self._depth:
-            groups = self._groups(requests, below=self._depth + 1)  # idle: compute the tips
-        if not trunk_rows and not groups:
+        work = self._next_work()
+        if work is None:
             return False
-        in_step = [row.request for row in trunk_rows] + [request for request, _ in groups]
-        self._at_work = {request.slot: request for request in in_step}.values()
-        self._take_in(trunk_rows, groups, self._predict(trunk_rows, groups))
-        self._counters.add("steps")
-        self._counters.add("rows", len(trunk_rows) + sum(len(group) for _, group in groups))
-        step_ns = time.perf_counter_ns() - began
-        self._counters.add("step_ns", step_ns)
-        if sum(row.num_tokens for row in trunk_rows) <= len(trunk_rows) + self._num_drafts:  # no prompt in it
-            self._recent_step_ns.add(min(step_ns, 4 * self._recent_step_ns.value))
-            self._counters.set("recent_step_ns", int(self._recent_step_ns.value))
+        self._publish(work, self._predict(work))
+        self._observer.add_step(work, time.perf_counter_ns() - began)
         return True
+
+    def _next_work(self) -> Work | None:
+        """What there is to compute: what the target waits for, then what it wants, and when idle the tips."""
+        self._at_work = everybody = list(self._requests.values())
+        urgent = [request for request in everybody if request.is_urgent]
+        tips = self._depth + 1 if self._depth else 0
+        for requests, depth in ((urgent, self._num_drafts), (everybody, self._depth), (everybody, tips)):
+            work = Work(self._trunk_rows(requests), self._groups(requests, below=depth))
+            if work.num_rows:
+                self._at_work = work.requests
+                return work
+        return None
 
     def _start(self, message: Start) -> None:
         if message.slot in self._requests:  # a stop that was lost with an earlier draft
@@ -244,8 +216,7 @@ class DraftServer:
         )
 
     def _stop(self, slot: int) -> None:
-        self._starved.clear()
-        self._evicted.discard(slot)
+        self._blocks.forget(slot)
         request = self._requests.pop(slot, None)
         try:
             self._cache.close_branches(slot)
@@ -263,13 +234,13 @@ class DraftServer:
             if request.await_drafts(missed.tokens, missed.num_drafts):
                 statistics.add(*learnt)
                 self._cache.close_branches(missed.slot)
-                self._starved.clear()
+                self._blocks.blocks_came_free()
         if missed.slot not in self._requests or (request is not None and not self._can_answer(request)):
             self._cache.decline(Outcome(missed.slot, missed.epoch, missed.round, k, token))
 
     def _can_answer(self, request: DraftRequest) -> bool:
         """Whether drafts that the target waits for can come soon: not while a prompt is to be computed."""
-        return not self._waits(request) and request.num_uncomputed <= self._num_drafts + 1
+        return not self._blocks.waits(request) and request.num_uncomputed <= self._num_drafts + 1
 
     def _settle(self, outcome: RoundOutcome) -> None:
         request = self._asked_about(outcome)
@@ -285,7 +256,7 @@ class DraftServer:
             self._counters.add("adopted")
             if adopted.laws and self._laws is not None:
                 self._laws.publish(request.slot, request.epoch, request.round, adopted.laws)
-        self._starved.clear()  # the branches that did not come true have given their blocks back
+        self._blocks.blocks_came_free()
 
     def _asked_about(self, row: MissedRow | RoundOutcome) -> DraftRequest | None:
         """The request, unless the message is of an epoch or round that is over."""
@@ -298,15 +269,14 @@ class DraftServer:
         """Those of rounds like the request's present one."""
         return self._measured.of(request.verifies_branch, request.sampling.temperature)
 
-    def _predict(
-        self, trunk_rows: list[TrunkRow], groups: list[tuple[DraftRequest, BranchGroup]]
-    ) -> Predictions:
-        """Run the step; the same branches as in the last one only go on."""
-        goes_on = not trunk_rows and [group for _, group in groups] == self._advancing
-        self._advancing = [] if trunk_rows else [group for _, group in groups]
-        if goes_on:
+    def _predict(self, work: Work) -> Predictions:
+        """Run the step; the same branches as in the last one only advance."""
+        groups = [group for _, group in work.groups]
+        advances = not work.trunk_rows and groups == self._advancing
+        self._advancing = [] if work.trunk_rows else groups
+        if advances:
             return self._engine.advance()
-        return self._engine.forward(build_rows(trunk_rows, groups, self._configure.branch_budget))
+        return self._engine.forward(build_rows(work.trunk_rows, work.groups, self._configure.branch_budget))
 
     def _read_candidates(self) -> None:
         """Those of all positions that are about to be forked, at once."""
@@ -329,23 +299,17 @@ class DraftServer:
         forked = []
         for request in self._requests.values():
             self._at_work = [request]
-            if request.slot in self._starved:
+            if self._blocks.is_starved(request):
                 continue
             if request.awaited is not None and request.can_fork_awaited:
                 branches = {request.awaited.k: [request.awaited.token]}
             elif request.can_fork:
-                branches = self._choose_branches(request, budget)
+                branches = choose_branches(request, self._statistics(request), self._configure, budget)
             else:
                 continue
-            share = share or self._share_of_blocks()
-            most_blocks = max(0, min(self._pool.num_available, share - request.num_private_blocks))
-            lacks_blocks = request.num_blocks_for(branches) > most_blocks
-            if lacks_blocks:
-                self._note_shortage(request)
-            group = request.fork(branches, most_blocks, copies)
+            share = share or self._blocks.share_of_branches()
+            group = self._blocks.fork(request, branches, share, copies)
             if group is None:
-                if lacks_blocks:
-                    self._starved.add(request.slot)
                 continue
             forked.append(request)
             self._counters.add("branches", len(group))
@@ -356,82 +320,16 @@ class DraftServer:
         if copies.sources:
             self._engine.copy_blocks(np.array(copies.sources), np.array(copies.targets))
 
-    def _share_of_blocks(self) -> int:
-        """Blocks that each request's branches may hold, of what trunks leave: enough for one at least."""
-        sharing = [request for request in self._requests.values() if not self._waits(request)]
-        left = self._pool.num_available + sum(request.num_private_blocks for request in sharing)
-        return max(left // max(1, len(sharing)), self._blocks_of_branch)
-
     def _branch_budget(self) -> int:
         """Branches per request, such that all requests' branches fit in one step's rows."""
         share = self._configure.max_rows // max(1, len(self._requests))
         return min(self._budget, max(1, share))
 
-    def _choose_branches(self, request: DraftRequest, budget: int) -> dict[int, list[int]]:
-        """The tokens to fork at each accepted length of the request that has no branches yet."""
-        statistics = self._statistics(request)
-        outcomes, not_known_yet = request.outcomes(statistics)
-        counts = self._fan_out(request, statistics, outcomes, not_known_yet, budget)
-        # What is measured may have changed since this round's first fork.
-        left = self._configure.branch_budget - request.num_entries
-        branches = {}
-        for k, candidates in outcomes.items():
-            branches[k] = candidates.tokens[: min(counts[k], left)].tolist()
-            left -= len(branches[k])
-        return branches
-
-    def _fan_out(
-        self,
-        request: DraftRequest,
-        statistics: OutcomeStatistics,
-        outcomes: dict[int, Candidates],
-        not_known_yet: FloatArray,
-        budget: int,
-    ) -> dict[int, int]:
-        """Branches for each accepted length in `outcomes`."""
-        fan_out = uniform_fanout(request.num_sent, budget)
-        if self._configure.fanout == "global":
-            log_probs = [candidates.log_probs for candidates in outcomes.values()]
-            log_probs.append(not_known_yet)  # they keep their share
-            counts = global_fanout(log_probs, max(0, budget - request.num_entries))
-            return dict(zip(outcomes, counts[:-1], strict=True))
-        if self._configure.fanout == "geometric":
-            fan_out = geometric_fanout(statistics.acceptance, statistics.exponent, request.num_sent, budget)
-        elif not isinstance(self._configure.fanout, str):
-            fan_out = scale_fanout(listed_fanout(self._configure.fanout, request.num_sent), budget)
-        return {k: fan_out[k] for k in outcomes}
-
     def _reserve(self) -> None:
         """Blocks for what all trunks lack, before branches take any."""
         for request in self._requests.values():
             self._at_work = [request]
-            if self._waits(request) or not request.num_uncomputed:
-                continue
-            self._evicted.discard(request.slot)
-            if request.reserve():
-                continue
-            self._note_shortage(request)
-            branches = sum(other.num_private_blocks for other in self._requests.values())
-            if self._pool.num_available + branches >= request.num_missing_blocks:
-                self._starved.add(request.slot)
-            else:  # trunks alone fill the pool; if all kept theirs, none might ever get the next one
-                request.evict()
-                self._evicted.add(request.slot)
-
-    def _waits(self, request: DraftRequest) -> bool:
-        """Whether it has no use for blocks, or there are none for it at present."""
-        if request.slot in self._evicted:  # until there is room for all of it, and for a branch
-            return self._pool.num_available < request.num_missing_blocks + self._blocks_of_branch
-        return not request.fits or request.slot in self._starved
-
-    def _note_shortage(self, request: DraftRequest) -> None:
-        if not self._counters["starved"]:
-            logger.warning(
-                "no KV blocks left for a request of %d tokens, which goes on with fewer drafts or none: "
-                "raise ssd_draft_memory (said once)",
-                len(request.tokens),
-            )
-        self._counters.add("starved")
+            self._blocks.reserve(request)
 
     def _trunk_rows(self, requests: list[DraftRequest]) -> list[TrunkRow]:
         """The shortest stretches first: a long prompt is not to hold up what others lack for a round."""
@@ -439,7 +337,7 @@ class DraftServer:
         room = self._configure.prefill_chunk
         for request in sorted(requests, key=lambda request: request.num_uncomputed):
             num_tokens = min(request.num_uncomputed, room)
-            if num_tokens and not self._waits(request):
+            if num_tokens and not self._blocks.waits(request):
                 room -= num_tokens
                 rows.append(TrunkRow(request, num_tokens))
         return rows
@@ -462,22 +360,17 @@ class DraftServer:
                 room -= len(group)
         return chosen
 
-    def _take_in(
-        self,
-        trunk_rows: list[TrunkRow],
-        groups: list[tuple[DraftRequest, BranchGroup]],
-        predictions: Predictions,
-    ) -> None:
-        taken = 0
-        for row in trunk_rows:
+    def _publish(self, work: Work, predictions: Predictions) -> None:
+        """Note what the step said of trunks, and put the drafts of branches into the outcome cache."""
+        place = 0
+        for row in work.trunk_rows:
             for k in row.lengths:
-                row.request.unread[k] = Place(predictions, taken)
-                taken += 1
+                row.request.unread[k] = Place(predictions, place)
+                place += 1
             row.request.computed(row.num_tokens)
-            self._counters.add("prefill_tokens", row.num_tokens)
-        for request, group in groups:
+        for request, group in work.groups:
             request.last_served = self._counters["steps"]
-            tokens = group.advance(predictions, taken)
-            taken += len(group)
+            tokens = group.advance(predictions, place)
+            place += len(group)
             if group.steps <= self._num_drafts:
                 self._cache.publish(request.slot, group.first_entry, group.steps - 1, tokens)

@@ -21,16 +21,6 @@ Float32Array = npt.NDArray[np.float32]
 EPOCH, ROUND, DEPTH = range(3)
 
 
-class PointMass:
-    """All of a draft's law on the draft itself: exact for any draft, however it came about.
-
-    For drafts that were not drawn, and for those of which what they were drawn from did not come in time.
-    """
-
-
-DraftLaw = Float32Array | PointMass  # an array is [at least the row's number of drafts, V]
-
-
 class DraftLaws:
     """Both halves' view of the table.
 

@@ -29,6 +29,7 @@ EPOCH, ROUND, ACCEPTED, TOKEN, DEPTH, FIRST_DRAFT = range(6)  # what an entry's 
 KEY = slice(EPOCH, DEPTH)
 DECLINED = -1  # depth of an outcome that the draft was asked about and cannot draft for
 NOT_INTRODUCED = -1  # epoch of a request that the draft does not know; no entry has it
+NO_ENTRY = -1  # place of a row whose drafts go nowhere
 
 
 class Outcome(NamedTuple):

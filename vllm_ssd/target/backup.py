@@ -1,4 +1,4 @@
-"""What a row gets whose outcome was not foreseen: nothing, n-gram drafts, or just-in-time ones of the draft.
+"""What a row gets whose outcome was not predicted: nothing, n-gram drafts, or just-in-time ones of the draft.
 
 Nothing costs no time, and n-grams hardly any, but for very long requests. Just-in-time drafts cost the whole
 batch the draft's steps, and are worth it where few rows wait for many; `vllm_ssd.plan.costs` has what that
@@ -15,12 +15,13 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from vllm_ssd.link.messages import Missed, MissedRow, ToDraft
-from vllm_ssd.link.outcome_cache import NOT_INTRODUCED, Outcome, OutcomeCache
-from vllm_ssd.plan.costs import DRAFT, NGRAM, NONE, Costs
+from vllm_ssd.link.messages import Missed, MissedRow
+from vllm_ssd.link.outcome_cache import NOT_INTRODUCED, Outcome
+from vllm_ssd.plan.costs import DRAFT, NGRAM, Costs
+from vllm_ssd.target.draft_link import DraftLink, poll_until
+from vllm_ssd.target.live import NOTHING, Drafts
 
 MIN_NGRAM, MAX_NGRAM = 3, 5
-POLL_S = 50e-6
 PATIENCE = 4  # times as long as the draft's steps take on average
 MOST_PATIENCE_S = 0.25
 SILENCE_S = 1.0  # in which nobody is asked for after a wait in vain; twice as long after each further one
@@ -32,58 +33,29 @@ Matcher = Callable[[npt.NDArray[np.int32], int, int, int, int], list[int]]
 
 @dataclass(frozen=True)
 class MissedOutcome:
-    """One row's outcome that was not foreseen."""
+    """One row's outcome that was not predicted."""
 
     request_id: str
     outcome: Outcome
     tokens: list[int]  # the accepted drafts, then the recovery or bonus token
 
 
-@dataclass(frozen=True)
-class Drafts:
-    """What a row verifies next, and where it came from."""
-
-    kind: str  # NONE, NGRAM or DRAFT
-    tokens: list[int]
-
-
-NOTHING = Drafts(NONE, [])
-
-
-class DraftAccess(Protocol):
-    """The draft process, as far as a fallback needs it."""
-
-    @property
-    def cache(self) -> OutcomeCache | None:
-        """The outcome cache of the draft that is ready now, or None."""
-        ...
-
-    @property
-    def step_seconds(self) -> float:
-        """What a step of the draft without prompts took of late, 0 before the first."""
-        ...
-
-    def send(self, message: ToDraft) -> bool:
-        """Tell the draft; False if it cannot be told."""
-        ...
-
-
-class Fallback(Protocol):
+class Backup(Protocol):
     """Drafts for the missed rows of one step."""
 
-    def propose(self, missed: Sequence[MissedOutcome], num_drafts: int, draft: DraftAccess) -> list[Drafts]:
+    def propose(self, missed: Sequence[MissedOutcome], num_drafts: int, draft: DraftLink) -> list[Drafts]:
         """At most so many drafts for each row; a row for which there are none goes on without."""
         ...
 
 
-class NoFallback:
+class NoBackup:
     """Missed rows take one exact autoregressive step."""
 
-    def propose(self, missed: Sequence[MissedOutcome], num_drafts: int, draft: DraftAccess) -> list[Drafts]:
+    def propose(self, missed: Sequence[MissedOutcome], num_drafts: int, draft: DraftLink) -> list[Drafts]:
         return [NOTHING] * len(missed)
 
 
-class NgramFallback:
+class NgramBackup:
     """What followed the longest earlier occurrence of the last few tokens (prompt lookup).
 
     Args:
@@ -97,7 +69,7 @@ class NgramFallback:
         self._history = history
         self._max_model_len = max_model_len
 
-    def propose(self, missed: Sequence[MissedOutcome], num_drafts: int, draft: DraftAccess) -> list[Drafts]:
+    def propose(self, missed: Sequence[MissedOutcome], num_drafts: int, draft: DraftLink) -> list[Drafts]:
         return [Drafts(NGRAM, self._find(row.request_id, num_drafts)) for row in missed]
 
     def _find(self, request_id: str, num_drafts: int) -> list[int]:
@@ -105,24 +77,26 @@ class NgramFallback:
         return self._match(history, MIN_NGRAM, MAX_NGRAM, self._max_model_len, num_drafts)
 
 
-class JustInTimeFallback:
+class JustInTimeBackup:
     """The target waits while the draft drafts for the missed rows alone, as many tokens as pay.
 
     Args:
         costs: as measured so far.
+        add_wait: is told how many nanoseconds the target waited.
     """
 
-    def __init__(self, costs: Costs) -> None:
+    def __init__(self, costs: Costs, add_wait: Callable[[int], None]) -> None:
         self._costs = costs
+        self._add_wait = add_wait
         self._silence_s = SILENCE_S
         self._silent_until = 0.0
 
-    def propose(self, missed: Sequence[MissedOutcome], num_drafts: int, draft: DraftAccess) -> list[Drafts]:
+    def propose(self, missed: Sequence[MissedOutcome], num_drafts: int, draft: DraftLink) -> list[Drafts]:
         num_askable = len(self.askable(missed, draft))
         length, _ = self.best_length(num_askable, num_drafts, draft.step_seconds)
         return self.draft(missed, draft, max(1, length))
 
-    def askable(self, missed: Sequence[MissedOutcome], draft: DraftAccess) -> list[MissedOutcome]:
+    def askable(self, missed: Sequence[MissedOutcome], draft: DraftLink) -> list[MissedOutcome]:
         """The rows that the draft may have drafts for."""
         if draft.cache is None or not draft.step_seconds or time.perf_counter() < self._silent_until:
             return []
@@ -142,7 +116,7 @@ class JustInTimeFallback:
                 best, best_speed = length, speed
         return best, best_speed
 
-    def draft(self, missed: Sequence[MissedOutcome], draft: DraftAccess, length: int) -> list[Drafts]:
+    def draft(self, missed: Sequence[MissedOutcome], draft: DraftLink, length: int) -> list[Drafts]:
         """Ask for drafts of this length and wait for them; late rows get the depth reached."""
         asked = self.askable(missed, draft)
         if not asked:
@@ -152,7 +126,8 @@ class JustInTimeFallback:
             for row in asked
         ]
         draft.send(Missed(rows))
-        answers, is_in_vain = _await_depth(draft, [row.outcome for row in asked], length)
+        answers, is_in_vain, waited = _await_depth(draft, [row.outcome for row in asked], length)
+        self._add_wait(waited)
         found = {
             row.request_id: drafts[:length] for row, drafts in zip(asked, answers, strict=True) if drafts
         }
@@ -171,27 +146,30 @@ class JustInTimeFallback:
 
 
 def _await_depth(
-    draft: DraftAccess, outcomes: list[Outcome], length: int
-) -> tuple[list[list[int] | None], bool]:
+    draft: DraftLink, outcomes: list[Outcome], length: int
+) -> tuple[list[list[int] | None], bool, int]:
     """The drafts of each outcome once each has so many or is declined, or what there is when patience ends.
 
     Returns:
-        [n] drafts, and whether some outcome had neither drafts nor a refusal.
+        [n] drafts; whether some outcome had neither drafts nor a refusal; and the nanoseconds waited.
     """
-    patience = min(PATIENCE * (length + 1) * draft.step_seconds, MOST_PATIENCE_S)
-    deadline = time.perf_counter() + patience
-    while (cache := draft.cache) is not None:
-        found, declined = cache.look_up(outcomes), cache.declined(outcomes)
-        answered = [bool(drafts) or no for drafts, no in zip(found, declined, strict=True)]
-        if all(no or len(drafts or ()) >= length for drafts, no in zip(found, declined, strict=True)):
-            return found, False
-        if time.perf_counter() > deadline:
-            return found, not all(answered)
-        time.sleep(POLL_S)
-    return [None] * len(outcomes), False
+    found: list[list[int] | None] = [None] * len(outcomes)
+    declined = [False] * len(outcomes)
+
+    def is_answered() -> bool:
+        nonlocal found, declined
+        if (cache := draft.cache) is None:
+            found, declined = [None] * len(outcomes), [True] * len(outcomes)
+        else:
+            found, declined = cache.look_up(outcomes), cache.declined(outcomes)
+        return all(no or len(drafts or ()) >= length for drafts, no in zip(found, declined, strict=True))
+
+    waited = poll_until(is_answered, min(PATIENCE * (length + 1) * draft.step_seconds, MOST_PATIENCE_S))
+    is_in_vain = any(not drafts and not no for drafts, no in zip(found, declined, strict=True))
+    return found, is_in_vain, waited
 
 
-class AutoFallback:
+class AutoBackup:
     """Whichever of the others makes the batch fastest, by what was measured.
 
     Args:
@@ -199,13 +177,13 @@ class AutoFallback:
         ngram, just_in_time: the others.
     """
 
-    def __init__(self, costs: Costs, ngram: NgramFallback, just_in_time: JustInTimeFallback) -> None:
+    def __init__(self, costs: Costs, ngram: NgramBackup, just_in_time: JustInTimeBackup) -> None:
         self._costs = costs
         self._ngram = ngram
         self._just_in_time = just_in_time
         self._num_choices = 0
 
-    def propose(self, missed: Sequence[MissedOutcome], num_drafts: int, draft: DraftAccess) -> list[Drafts]:
+    def propose(self, missed: Sequence[MissedOutcome], num_drafts: int, draft: DraftLink) -> list[Drafts]:
         num_askable = len(self._just_in_time.askable(missed, draft))
         if not num_askable:
             return self._ngram.propose(missed, num_drafts, draft)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,28 +24,17 @@ from vllm_ssd.kernels.lookup import MISSED, look_up
 from vllm_ssd.link.counters import Counters
 from vllm_ssd.link.outcome_cache import NOT_INTRODUCED, OutcomeCache
 from vllm_ssd.plan.planner import Plan
+from vllm_ssd.target.draft_link import DraftLink
 from vllm_ssd.target.guard import Guard
-from vllm_ssd.target.proposer import DraftLink, LiveRequest, LookedUp
+from vllm_ssd.target.histories import Histories
+from vllm_ssd.target.live import LiveRequest
+from vllm_ssd.target.proposer import LookedUp
 
 CLOSE_S = 2.0
 KEEP_UP_S = 60.0  # for rounds in flight; as long as no device takes, unless it hangs
 MOST_FAILURES = 3  # of look-ups in a row: the device cannot do them
 
 logger = logging.getLogger("vllm.ssd")
-
-
-class History(Protocol):
-    """The tokens of the requests that the model runner is working on."""
-
-    def new_tokens(
-        self, request_ids: Sequence[str], counts: Sequence[int], last: Sequence[int]
-    ) -> list[list[int]]:
-        """[B], each row's accepted drafts and the token after them: `counts[i]` in all, `last[i]` at last."""
-        ...
-
-    def extend(self, request_ids: Sequence[str], sampled: Sequence[list[int]]) -> None:
-        """These follow in each row."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -67,10 +56,10 @@ class DeferredRounds:
     The thread and its caller take turns at the proposer, under a lock.
 
     Args:
-        guard: of a proposer with `NoFallback`: nothing can be made up for a miss that the host hears of late.
+        guard: of a proposer with `NoBackup`: nothing can be made up for a miss that the host hears of late.
         link: the draft process.
         counters: the target's.
-        history: the requests' tokens; used by the thread, in the order of rounds, under the lock.
+        histories: the requests' tokens; used by the thread, in the order of rounds, under the lock.
         max_num_reqs: the model runner's slots, which are also the outcome cache's.
         num_speculative_tokens: K.
         vocab_size: V.
@@ -82,7 +71,7 @@ class DeferredRounds:
         guard: Guard,
         link: DraftLink,
         counters: Counters,
-        history: History,
+        histories: Histories,
         max_num_reqs: int,
         num_speculative_tokens: int,
         vocab_size: int,
@@ -91,7 +80,7 @@ class DeferredRounds:
         self._guard = guard
         self._link = link
         self._counters = counters
-        self._history = history
+        self._histories = histories
         self._most_drafts = num_speculative_tokens
         self._vocab_size = vocab_size
         self._device = device
@@ -289,8 +278,9 @@ class DeferredRounds:
                 for request_id, request, row in zip(round_.request_ids, round_.requests, rows, strict=True)
             ]
             try:
-                sampled = self._history.new_tokens(round_.request_ids, counts, [row[1] for row in rows])
-                self._history.extend(round_.request_ids, sampled)
+                verified = [self._guard.verified(request_id) for request_id in round_.request_ids]
+                last = [row[1] for row in rows]
+                sampled = self._histories.add_outcomes(round_.request_ids, verified, counts, last)
             except Exception:
                 self._guard.note_failure()
                 self._guard.exclude(round_.request_ids)

@@ -68,7 +68,7 @@ def draft_engine_args(ssd: SSDSpeculativeConfig, vllm_config: VllmConfig) -> dic
     arguments = {
         "dtype": draft.dtype if ssd.ssd_draft_dtype == "auto" else ssd.ssd_draft_dtype,  # vLLM: the target's
         "max_model_len": draft.max_model_len,
-        "block_size": DRAFT_BLOCK_SIZES[ssd.draft_device.partition(":")[0]],
+        "block_size": DRAFT_BLOCK_SIZES[ssd.placement.device.partition(":")[0]],
         "quantization": draft.quantization,
         # Of a Hub model vLLM has found out the commit: a draft that is started again is the same one.
         "revision": getattr(draft.revision, "resolved", draft.revision),

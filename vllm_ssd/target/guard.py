@@ -12,11 +12,13 @@ from collections.abc import Callable, Sequence
 
 from vllm_ssd.failures import Failures
 from vllm_ssd.link.counters import Counters
-from vllm_ssd.link.draft_probs import DraftLaw, PointMass
 from vllm_ssd.link.messages import Sampling
 from vllm_ssd.link.outcome_cache import NOT_INTRODUCED
 from vllm_ssd.plan.planner import Plan
-from vllm_ssd.target.proposer import LiveRequest, LookedUp, Proposer
+from vllm_ssd.target.live import LiveRequest
+from vllm_ssd.target.proposer import LookedUp, Proposer
+from vllm_ssd.target.served_probs import ServedProbs
+from vllm_ssd.verify.ratio import DraftLaw, PointMass
 
 logger = logging.getLogger("vllm.ssd")
 
@@ -26,11 +28,13 @@ class Guard:
 
     Args:
         proposer: does the work.
+        probs: what drafts were drawn from.
         counters: the target's.
     """
 
-    def __init__(self, proposer: Proposer, counters: Counters) -> None:
+    def __init__(self, proposer: Proposer, probs: ServedProbs, counters: Counters) -> None:
         self.proposer = proposer
+        self._probs = probs
         self._counters = counters
         self._failures = Failures(logger, "a round failed; its requests go on without drafts for now")
         self._is_suspicious = False  # the last round failed, and one of its rows may be why
@@ -115,9 +119,9 @@ class Guard:
         return self.proposer.keys()
 
     def laws(self, request_ids: Sequence[str], num_drafts: Sequence[int]) -> list[DraftLaw]:
-        """What the drafts were drawn from; see `Proposer.laws`. A point mass is exact for any draft."""
+        """What the drafts were drawn from; see `ServedProbs.read`. A point mass is exact for any draft."""
         try:
-            return self.proposer.laws(request_ids, num_drafts)
+            return self._probs.read([self.proposer.live(name) for name in request_ids], num_drafts)
         except Exception:
             self.note_failure()
             return [PointMass() for _ in request_ids]

@@ -15,9 +15,9 @@ from torch import Tensor
 from vllm.config import ParallelConfig
 from vllm.distributed import get_tp_group
 
-from vllm_ssd.link.draft_probs import DraftLaw, PointMass
 from vllm_ssd.link.messages import Sampling
 from vllm_ssd.link.outcome_cache import NOT_INTRODUCED
+from vllm_ssd.verify.ratio import DraftLaw, PointMass
 
 
 def leading_rank(parallel: ParallelConfig) -> int:

@@ -16,17 +16,16 @@ from vllm.v1.outputs import SamplerOutput
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from vllm_ssd import compat
+from vllm_ssd import compat, repairs
 from vllm_ssd.link.counters import Counters
-from vllm_ssd.link.draft_probs import DraftLaw, PointMass
 from vllm_ssd.link.messages import Sampling
+from vllm_ssd.target.draft_link import DraftLink
 from vllm_ssd.target.guard import Guard
-from vllm_ssd.target.proposer import DraftLink, Proposer
 from vllm_ssd.target.ranks import Follower, shared_laws
-from vllm_ssd.verify.coupled import coupled_sampling
+from vllm_ssd.verify import coupled, ratio
 from vllm_ssd.verify.noise import gumbel, wrapped_to_int64
-from vllm_ssd.verify.ratio import ratio_sampling
-from vllm_ssd.verify.verification import Places
+from vllm_ssd.verify.ratio import DraftLaw, PointMass
+from vllm_ssd.verify.verification import Places, draw
 
 
 class NoDrafter:
@@ -50,9 +49,9 @@ class SSDModelRunner(CPUModelRunner):
         self._seeds: dict[str, int] = {}  # of the requests that are sampled
         gumbel(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), 1)  # compile it now
 
-    def connect(self, proposer: Proposer, link: DraftLink, counters: Counters) -> None:
+    def connect(self, guard: Guard, link: DraftLink, counters: Counters) -> None:
         """Let this runner lead: give it its half of the rounds, before the first request."""
-        self.proposer = Guard(proposer, counters)
+        self.proposer = guard
 
     def close(self) -> None:
         """Nothing runs beside it."""
@@ -70,7 +69,7 @@ class SSDModelRunner(CPUModelRunner):
             self.model.compute_logits(hidden)
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Callable[..., Any] | None:
-        compat.mend_thinking_budgets(self.input_batch)
+        repairs.patch_thinking_budgets(self.input_batch)
         cached = scheduler_output.scheduled_cached_reqs
         cut_back = [  # a failed transfer of KV made vLLM drop tokens that it had sampled
             request_id
@@ -109,7 +108,7 @@ class SSDModelRunner(CPUModelRunner):
     def _sample(
         self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None
     ) -> SamplerOutput:
-        with compat.logprobs_of_chosen_tokens(self.sampler, self.input_batch):
+        with repairs.logprobs_of_chosen_tokens(self.sampler, self.input_batch):
             return self._verify_or_sample(logits, spec_decode_metadata)
 
     def _verify_or_sample(
@@ -119,10 +118,10 @@ class SSDModelRunner(CPUModelRunner):
             return self._apply_sampler(logits, spec_decode_metadata)
         places = self._places(spec_decode_metadata)
         if self._is_coupled:
-            sampling = coupled_sampling(self.sampler, places)
+            verify = partial(coupled.verify, places)
         else:
-            sampling = ratio_sampling(self.sampler, places, self._laws(places.num_drafts.tolist()))
-        with sampling:
+            verify = partial(ratio.verify, places, self._laws(places.num_drafts.tolist()))
+        with compat.sampling_replaced(self.sampler, partial(draw, places), verify):
             return self._apply_sampler(logits, spec_decode_metadata)
 
     def _apply_sampler(

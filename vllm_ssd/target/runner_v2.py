@@ -24,15 +24,15 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from vllm_ssd import compat
 from vllm_ssd.link.counters import Counters
-from vllm_ssd.link.draft_probs import PointMass
 from vllm_ssd.link.messages import Sampling
 from vllm_ssd.link.outcome_cache import NOT_INTRODUCED
 from vllm_ssd.target.deferred import DeferredRounds
+from vllm_ssd.target.draft_link import DraftLink
 from vllm_ssd.target.guard import Guard
-from vllm_ssd.target.proposer import DraftLink, Proposer
+from vllm_ssd.target.histories import Histories
 from vllm_ssd.target.ranks import Follower, share_rows, shared_drafts
 from vllm_ssd.verify.coupled import longest_agreement
-from vllm_ssd.verify.ratio import law_as_logits
+from vllm_ssd.verify.ratio import PointMass, law_as_logits
 
 
 class SSDSpeculator(BaseSpeculator):
@@ -59,19 +59,19 @@ class SSDSpeculator(BaseSpeculator):
             self.draft_logits = torch.zeros(shape, dtype=torch.float32, device=device)
         self._can_defer = runs_ahead(vllm_config)
         self._deferred: DeferredRounds | None = None
-        self._histories: dict[str, list[int]] = {}
+        self._histories = Histories()
         self._with_grammar: set[str] = set()
         self._proposed: tuple[Sequence[str], list[list[int]]] = ([], [])
 
-    def connect(self, proposer: Proposer, link: DraftLink, counters: Counters) -> None:
+    def connect(self, guard: Guard, link: DraftLink, counters: Counters) -> None:
         """Lead: with the draft's link and the host's half of the rounds, before the first request."""
-        self.proposer = Guard(proposer, counters)
+        self.proposer = guard
         if self._can_defer:
             self._deferred = DeferredRounds(
-                self.proposer,
+                guard,
                 link,
                 counters,
-                self,
+                self._histories,
                 self._max_num_reqs,
                 self._most_drafts,
                 self._vocab_size,
@@ -106,7 +106,7 @@ class SSDSpeculator(BaseSpeculator):
         assert params is not None
         assert request.prefill_token_ids is not None
         tokens = list(request.prefill_token_ids)
-        self._histories[request.req_id] = tokens
+        self._histories.begin(request.req_id, tokens)
         if params.structured_outputs is not None:
             self._with_grammar.add(request.req_id)
         return tokens, Sampling.of(params, seed, self._vocab_size)
@@ -115,7 +115,7 @@ class SSDSpeculator(BaseSpeculator):
         """A request leaves the batch: finished, aborted or preempted. Unknown ids are ignored."""
         with self._taking_turns():
             self.proposer.stop(request_id)
-            self._histories.pop(request_id, None)
+            self._histories.end(request_id)
         self._with_grammar.discard(request_id)
 
     def history(self, request_id: str) -> list[int]:
@@ -179,23 +179,6 @@ class SSDSpeculator(BaseSpeculator):
         slots = input_batch.idx_mapping_np
         share_rows(self.draft_logits, slots[temperatures[slots] > 0])
 
-    def new_tokens(
-        self, request_ids: Sequence[str], counts: Sequence[int], last: Sequence[int]
-    ) -> list[list[int]]:
-        """See `deferred.History`."""
-        return [
-            [*self.proposer.verified(request_id)[: count - 1], token]
-            if count and request_id in self._histories
-            else []
-            for request_id, count, token in zip(request_ids, counts, last, strict=True)
-        ]
-
-    def extend(self, request_ids: Sequence[str], sampled: Sequence[list[int]]) -> None:
-        """See `deferred.History`."""
-        for request_id, tokens in zip(request_ids, sampled, strict=True):
-            if tokens:
-                self._histories[request_id].extend(tokens)
-
     def _no_drafts(self, num_rows: int) -> tuple[Tensor, Tensor]:
         """[B, K] of filling, and [B] zeros."""
         filling = torch.zeros(num_rows, self._most_drafts, dtype=torch.int64, device=self._device)
@@ -205,10 +188,9 @@ class SSDSpeculator(BaseSpeculator):
         self, request_ids: Sequence[str], counts: list[int], last: list[int]
     ) -> tuple[Tensor, Tensor]:
         """[B, K] drafts, and [B] how many they are, once the host has seen the outcome."""
-        sampled = self.new_tokens(request_ids, counts, last)
-        self.extend(request_ids, sampled)
-        num_verified = [len(self.proposer.verified(request_id)) for request_id in request_ids]
-        drafts = self.proposer.propose(request_ids, sampled, num_verified)
+        verified = [self.proposer.verified(request_id) for request_id in request_ids]
+        sampled = self._histories.add_outcomes(request_ids, verified, counts, last)
+        drafts = self.proposer.propose(request_ids, sampled, [len(row) for row in verified])
         self._proposed = request_ids, drafts
         filled = [
             row + [token] * (self._most_drafts - len(row)) for row, token in zip(drafts, last, strict=True)
@@ -318,10 +300,10 @@ class SSDModelRunnerV2(GPUModelRunner):
         with compat.speculator_class(SSDSpeculator):
             super().__init__(vllm_config, device)
 
-    def connect(self, proposer: Proposer, link: DraftLink, counters: Counters) -> None:
+    def connect(self, guard: Guard, link: DraftLink, counters: Counters) -> None:
         """Give the runner its half of the rounds; before the first request."""
         assert self.speculator is not None  # who leads samples
-        self.speculator.connect(proposer, link, counters)
+        self.speculator.connect(guard, link, counters)
 
     def close(self) -> None:
         """End what runs beside the runner."""

@@ -39,8 +39,8 @@ from vllm_ssd.link.messages import (
 )
 from vllm_ssd.link.outcome_cache import OutcomeCache
 from vllm_ssd.link.transport import Channel, SocketChannel
+from vllm_ssd.target.draft_link import News
 from vllm_ssd.target.launch import DraftProcess
-from vllm_ssd.target.proposer import News
 
 logger = init_logger("vllm.ssd")
 

@@ -22,7 +22,7 @@ from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
 
 
 class ThinkingBudgets(ThinkingBudgetStateHolder):
-    """See its base for the methods; `compat.mend_thinking_budgets` makes one of it."""
+    """See its base for the methods; `repairs.patch_thinking_budgets` makes one of it."""
 
     def sync_batch(self, batch_update: Any) -> None:
         for _, place, direction in batch_update.moved if batch_update else ():

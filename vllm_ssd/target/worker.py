@@ -14,7 +14,7 @@ from vllm.distributed import get_world_group
 from vllm.logger import init_logger
 
 from vllm_ssd import compat
-from vllm_ssd.config import GIB, SSDSpeculativeConfig, engine_cores
+from vllm_ssd.config import SSDSpeculativeConfig
 from vllm_ssd.link.announcement import Announcement
 from vllm_ssd.link.counters import Counters, target_fields
 from vllm_ssd.link.messages import Configure
@@ -22,15 +22,18 @@ from vllm_ssd.plan.costs import Costs
 from vllm_ssd.plan.planner import FixedPlan, Plan, Planner, RoundPlanner
 from vllm_ssd.plan.speed_model import StepTimes, measure_line
 from vllm_ssd.target.backup import (
-    AutoFallback,
-    Fallback,
-    JustInTimeFallback,
-    NgramFallback,
-    NoFallback,
+    AutoBackup,
+    Backup,
+    JustInTimeBackup,
+    NgramBackup,
+    NoBackup,
 )
 from vllm_ssd.target.draft_args import draft_engine_args, plain
+from vllm_ssd.target.guard import Guard
+from vllm_ssd.target.observer import RoundObserver
 from vllm_ssd.target.proposer import Proposer
 from vllm_ssd.target.ranks import leading_rank, leads
+from vllm_ssd.target.served_probs import ServedProbs
 from vllm_ssd.target.supervisor import AllocateTable, DraftSupervisor
 
 logger = init_logger("vllm.ssd")
@@ -150,7 +153,9 @@ class TargetsDraft:
         counters = (self._counters, self.supervisor.draft_counters)
         try:
             self._announcement = Announcement(
-                ssd.engine_id, engine_cores(ssd), [each.descriptor for each in counters]
+                ssd.placement.engine_id,
+                ssd.placement.engine_cores,
+                [each.descriptor for each in counters],
             )
         except Exception:  # such as no descriptors left
             self.supervisor.close()
@@ -163,19 +168,20 @@ class TargetsDraft:
     def connect(self, model_runner: Any) -> None:
         """Give the model runner its proposer."""
         ssd, history = self._ssd, model_runner.token_history
+        observer = RoundObserver(self._counters, self._costs)
         self._proposer = Proposer(
             self.supervisor,
             self._vllm_config.scheduler_config.max_num_seqs,
-            _fallback(ssd, self._costs, history, self._vllm_config.model_config.max_model_len),
-            self._costs,
+            _backup(ssd, self._costs, observer, history, self._vllm_config.model_config.max_model_len),
             history,
-            self._counters,
+            observer,
             self._planner,
             self._vllm_config.model_config.get_vocab_size(),
             ssd.num_speculative_tokens,
             ssd.ssd_wait_ms / 1000,
         )
-        model_runner.connect(self._proposer, self.supervisor, self._counters)
+        guard = Guard(self._proposer, ServedProbs(self.supervisor, observer), self._counters)
+        model_runner.connect(guard, self.supervisor, self._counters)
         self._close_runner = model_runner.close
 
     def plan_rounds(self, target_times: tuple[float, float]) -> None:
@@ -229,21 +235,20 @@ class TargetsDraft:
 
 def _configure(ssd: SSDSpeculativeConfig, vllm_config: VllmConfig) -> Configure:
     draft = ssd.draft_model_config
-    assert ssd.ssd_draft_memory is not None  # chosen when it was configured
     options = {
         "model": draft.model_weights
         or draft.model,  # where vLLM fetched the config alone, it keeps the rest's
         "vocab_size": draft.get_vocab_size(),
         "engine_args": draft_engine_args(ssd, vllm_config),
-        "device": ssd.draft_device,
-        "cores": ssd.draft_cores,
+        "device": ssd.placement.device,
+        "cores": ssd.placement.cores,
         "num_speculative_tokens": ssd.num_speculative_tokens,
         "fanout": ssd.ssd_fanout,
         "branch_budget": ssd.ssd_branch_budget,
         "max_slots": vllm_config.scheduler_config.max_num_seqs,
         "max_rows": ssd.ssd_max_rows,
         "prefill_chunk": ssd.ssd_prefill_chunk,
-        "memory_bytes": int(ssd.ssd_draft_memory * GIB),
+        "memory_bytes": ssd.placement.memory_bytes,
         "enforce_eager": draft.enforce_eager if ssd.enforce_eager is None else ssd.enforce_eager,
         "is_coupled": ssd.ssd_verify == "coupled",
         "saguaro_c": ssd.ssd_saguaro_c,
@@ -251,17 +256,21 @@ def _configure(ssd: SSDSpeculativeConfig, vllm_config: VllmConfig) -> Configure:
     return Configure(**plain(options))
 
 
-def _fallback(
-    ssd: SSDSpeculativeConfig, costs: Costs, history: Callable[[str], list[int]], max_model_len: int
-) -> Fallback:
-    ngram = NgramFallback(compat.match_ngram, history, max_model_len)
-    just_in_time = JustInTimeFallback(costs)
+def _backup(
+    ssd: SSDSpeculativeConfig,
+    costs: Costs,
+    observer: RoundObserver,
+    history: Callable[[str], list[int]],
+    max_model_len: int,
+) -> Backup:
+    ngram = NgramBackup(compat.match_ngram, history, max_model_len)
+    just_in_time = JustInTimeBackup(costs, observer.add_wait)
     if ssd.ssd_fallback in ("ngram", "auto"):
         compat.match_ngram(np.zeros(2, dtype=np.int32), 1, 1, 2, 1)  # Numba compiles it at the first call
-    kinds: dict[str, Fallback] = {
-        "none": NoFallback(),
+    kinds: dict[str, Backup] = {
+        "none": NoBackup(),
         "ngram": ngram,
         "draft": just_in_time,
-        "auto": AutoFallback(costs, ngram, just_in_time),
+        "auto": AutoBackup(costs, ngram, just_in_time),
     }
     return kinds[ssd.ssd_fallback]

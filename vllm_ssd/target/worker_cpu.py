@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_ssd import compat
-from vllm_ssd.config import GIB
+from vllm_ssd import compat, repairs
+from vllm_ssd.placement import GIB
 from vllm_ssd.target.worker import DraftHost
 
 
@@ -19,7 +19,7 @@ class SSDWorker(DraftHost, CPUWorker):
         with compat.cpu_runner_class(_runner_class(is_v2), is_v2=is_v2):
             super().init_device()
         if not is_v2:
-            compat.mend_rejection_sampler(self.model_runner.rejection_sampler)
+            repairs.patch_rejection_sampler(self.model_runner.rejection_sampler)
         self.connect()
 
     def determine_available_memory(self) -> int:

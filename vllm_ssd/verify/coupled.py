@@ -9,28 +9,10 @@ those of plain sampling with this noise. Why that is exact: docs/exactness.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from vllm_ssd import compat
-from vllm_ssd.verify.verification import Places, draw, new_tokens
-
-
-@contextmanager
-def coupled_sampling(sampler: Any, places: Places) -> Iterator[None]:
-    """Let vLLM's V1 samplers draw with the keyed noise.
-
-    Args:
-        sampler: vLLM's sampler; what it does before it draws (temperature, penalties, ...) stays as it is.
-        places: of the one step that is sampled meanwhile.
-    """
-    with compat.sampling_replaced(sampler, partial(draw, places), partial(verify, places)):
-        yield
+from vllm_ssd.verify.verification import Places, new_tokens
 
 
 def verify(places: Places, drafts: Tensor, logits: Tensor, bonus: Tensor) -> list[list[int]]:

@@ -9,31 +9,27 @@ and independent of what the draft drew with. Why that is exact: docs/exactness.m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vllm_ssd import compat
-from vllm_ssd.link.draft_probs import DraftLaw, PointMass
 from vllm_ssd.verify.noise import accept_seeds, uniform
-from vllm_ssd.verify.verification import Places, draw, new_tokens
+from vllm_ssd.verify.verification import Places, new_tokens
+
+Float32Array = npt.NDArray[np.float32]
 
 
-@contextmanager
-def ratio_sampling(sampler: Any, places: Places, laws: Sequence[DraftLaw]) -> Iterator[None]:
-    """Let vLLM's V1 samplers verify by ratio.
+class PointMass:
+    """All of a draft's law on the draft itself: exact for any draft, however it came about.
 
-    Args:
-        sampler: vLLM's sampler; what it does before it draws (temperature, penalties, ...) stays as it is.
-        places: of the one step that is sampled meanwhile.
-        laws: [B], of each row's drafts.
+    For drafts that were not drawn, and for those of which what they were drawn from did not come in time.
     """
-    with compat.sampling_replaced(sampler, partial(draw, places), partial(verify, places, laws)):
-        yield
+
+
+DraftLaw = Float32Array | PointMass  # an array is [at least the row's number of drafts, V]
 
 
 def verify(

@@ -377,3 +377,20 @@ def test_the_target_may_want_less() -> None:
         assert lengths <= {num_drafts, num_drafts + 1}  # the step for the tips yields one more
     assert target.hits >= 4
     target.finish()
+
+
+def test_drafts_that_were_not_verified_are_no_rejections() -> None:
+    """The scheduler may cut what was proposed, at max_tokens for one."""
+    target = Target(Setup())
+    request = target.start(0, prompt(random.Random(0), 6))
+    target.settle()
+    k, token, _ = next(branch for branch in target.published(0) if branch[0] == 0)
+    drafts = target.decide(0, k, token)
+    assert len(drafts) == 3
+    statistics = target.server._measured.of(True, 0.0)
+    before = statistics.acceptance
+    last = int(target.oracle.rank([*request.tokens, drafts[0]])[-1])
+    target.server.handle(
+        Outcomes([RoundOutcome(0, request.epoch, request.round, [drafts[0], last], [], 1)], 3, 8)
+    )
+    assert statistics.acceptance > before  # one verified, one accepted

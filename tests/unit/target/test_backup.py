@@ -12,20 +12,20 @@ from vllm_ssd.link.messages import Missed, MissedRow, ToDraft
 from vllm_ssd.link.outcome_cache import NOT_INTRODUCED, Outcome, OutcomeCache
 from vllm_ssd.plan import costs as costs_module
 from vllm_ssd.plan.costs import DRAFT, NGRAM, Costs
-from vllm_ssd.target import backup as fallback_module
+from vllm_ssd.target import backup as backup_module
+from vllm_ssd.target import draft_link
 from vllm_ssd.target.backup import (
     MIN_NGRAM,
     MOST_SILENCE_S,
-    NOTHING,
     SILENCE_S,
     TRY_OTHER_EVERY,
-    AutoFallback,
-    Drafts,
-    JustInTimeFallback,
+    AutoBackup,
+    JustInTimeBackup,
     MissedOutcome,
-    NgramFallback,
-    NoFallback,
+    NgramBackup,
+    NoBackup,
 )
+from vllm_ssd.target.live import NOTHING, Drafts
 
 K, SLOTS, VOCAB = 4, 3, 1000
 
@@ -74,6 +74,9 @@ class Clock:
     def perf_counter(self) -> float:
         return self.now
 
+    def perf_counter_ns(self) -> int:
+        return int(self.now * 1e9)
+
     def sleep(self, seconds: float) -> None:
         self.now += seconds
         if self.draft is not None:
@@ -83,7 +86,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(fallback_module, "time", clock)
+    monkeypatch.setattr(backup_module, "time", clock)
+    monkeypatch.setattr(draft_link, "time", clock)
     monkeypatch.setattr(costs_module, "time", clock)
     return clock
 
@@ -92,6 +96,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def draft(clock: Clock) -> LinkedDraft:
     clock.draft = LinkedDraft()
     return clock.draft
+
+
+def just_in_time(costs: Costs) -> JustInTimeBackup:
+    return JustInTimeBackup(costs, lambda nanoseconds: None)
 
 
 def missed(*slots: int) -> list[MissedOutcome]:
@@ -109,8 +117,8 @@ def measured(clock: Clock, round_s: float, tokens: int, acceptance: float, ngram
     return costs
 
 
-def ngram(max_model_len: int = 1000, **history: list[int]) -> NgramFallback:
-    return NgramFallback(match_ngram, lambda name: history[name], max_model_len)
+def ngram(max_model_len: int = 1000, **history: list[int]) -> NgramBackup:
+    return NgramBackup(match_ngram, lambda name: history[name], max_model_len)
 
 
 def found(tokens: list[int], num_drafts: int, max_model_len: int = 1000) -> list[int]:
@@ -124,7 +132,7 @@ def found(tokens: list[int], num_drafts: int, max_model_len: int = 1000) -> list
 
 
 def test_none_proposes_nothing(draft: LinkedDraft) -> None:
-    assert NoFallback().propose(missed(0, 1), K, draft) == [NOTHING, NOTHING]
+    assert NoBackup().propose(missed(0, 1), K, draft) == [NOTHING, NOTHING]
 
 
 def test_ngram_continues_the_last_few_tokens_as_before() -> None:
@@ -152,7 +160,7 @@ def test_ngram_proposes_what_followed_an_earlier_match(tokens: list[int], count:
 
 def test_just_in_time_waits_for_the_missed_rows_alone(draft: LinkedDraft, clock: Clock) -> None:
     costs = measured(clock, round_s=0.1, tokens=3, acceptance=0.9, ngram=0.0)
-    drafts = JustInTimeFallback(costs).propose(missed(0, 2), K, draft)
+    drafts = just_in_time(costs).propose(missed(0, 2), K, draft)
     length = draft.asked[0].num_drafts
     assert length == K  # a round is long and steps are short
     assert draft.asked == [MissedRow(0, 5, 2, [50, 60], K), MissedRow(2, 5, 2, [50, 62], K)]
@@ -162,7 +170,7 @@ def test_just_in_time_waits_for_the_missed_rows_alone(draft: LinkedDraft, clock:
 
 def test_just_in_time_asks_for_no_more_than_is_planned(draft: LinkedDraft, clock: Clock) -> None:
     costs = measured(clock, round_s=0.1, tokens=3, acceptance=0.9, ngram=0.0)
-    assert JustInTimeFallback(costs).propose(missed(0), 2, draft) == [Drafts(DRAFT, [0, 1])]
+    assert just_in_time(costs).propose(missed(0), 2, draft) == [Drafts(DRAFT, [0, 1])]
     assert draft.asked[0].num_drafts == 2
     assert draft.naps == 2
 
@@ -170,8 +178,8 @@ def test_just_in_time_asks_for_no_more_than_is_planned(draft: LinkedDraft, clock
 def test_just_in_time_takes_what_there_is_at_the_deadline(draft: LinkedDraft, clock: Clock) -> None:
     costs = measured(clock, round_s=0.1, tokens=3, acceptance=0.9, ngram=0.0)
     draft.most, began = 1, clock.now
-    assert JustInTimeFallback(costs).propose(missed(1), K, draft) == [Drafts(DRAFT, [10])]
-    assert clock.now - began < 2 * fallback_module.PATIENCE * (K + 1) * draft.step_seconds
+    assert just_in_time(costs).propose(missed(1), K, draft) == [Drafts(DRAFT, [10])]
+    assert clock.now - began < 2 * backup_module.PATIENCE * (K + 1) * draft.step_seconds
 
 
 def test_a_draft_that_does_not_answer_is_left_alone_for_longer_and_longer(
@@ -179,48 +187,48 @@ def test_a_draft_that_does_not_answer_is_left_alone_for_longer_and_longer(
 ) -> None:
     """Each wait in vain costs the whole batch time: their sum is bounded."""
     costs = measured(clock, round_s=0.1, tokens=3, acceptance=0.9, ngram=0.0)
-    just_in_time = JustInTimeFallback(costs)
+    backup = just_in_time(costs)
     draft.most = 0
     began, waited = clock.now, 0.0
     while clock.now - began < 1000:
         before = clock.now
-        assert just_in_time.propose(missed(1, 2), K, draft) == [NOTHING] * 2
+        assert backup.propose(missed(1, 2), K, draft) == [NOTHING] * 2
         waited += clock.now - before
         clock.now += 0.1
     assert waited < 0.005 * 1000
     clock.now += MOST_SILENCE_S
     draft.most, draft.naps = K, 0
-    assert just_in_time.propose(missed(1), K, draft) == [Drafts(DRAFT, [10, 11, 12, 13])]
+    assert backup.propose(missed(1), K, draft) == [Drafts(DRAFT, [10, 11, 12, 13])]
     draft.most, draft.naps = 0, 0
-    just_in_time.propose(missed(1), K, draft)
+    backup.propose(missed(1), K, draft)
     clock.now += SILENCE_S
-    assert just_in_time.askable(missed(1), draft)
+    assert backup.askable(missed(1), draft)
 
 
 def test_rows_that_the_draft_declines_are_not_waited_for(draft: LinkedDraft, clock: Clock) -> None:
     costs = measured(clock, round_s=0.1, tokens=3, acceptance=0.9, ngram=0.0)
-    just_in_time = JustInTimeFallback(costs)
+    backup = just_in_time(costs)
     draft.declines = {1}
     began = clock.now
-    assert just_in_time.propose(missed(1, 2), K, draft) == [NOTHING, Drafts(DRAFT, [20, 21, 22, 23])]
+    assert backup.propose(missed(1, 2), K, draft) == [NOTHING, Drafts(DRAFT, [20, 21, 22, 23])]
     assert clock.now - began <= (K + 1) * draft.step_seconds
     draft.asked.clear()
-    assert just_in_time.propose(missed(1), K, draft) == [NOTHING]
-    assert just_in_time.askable(missed(1), draft)  # an answer is an answer
+    assert backup.propose(missed(1), K, draft) == [NOTHING]
+    assert backup.askable(missed(1), draft)  # an answer is an answer
 
 
 def test_rows_that_the_draft_does_not_know_are_not_asked_for(draft: LinkedDraft, clock: Clock) -> None:
     """Such as too long ones."""
     costs = measured(clock, round_s=0.1, tokens=3, acceptance=0.9, ngram=0.0)
     unknown = MissedOutcome("1", Outcome(1, NOT_INTRODUCED, 2, 1, 61), [50, 61])
-    assert JustInTimeFallback(costs).propose([unknown], K, draft) == [NOTHING]
+    assert just_in_time(costs).propose([unknown], K, draft) == [NOTHING]
     assert draft.asked == []
 
 
 def test_auto_gives_ngrams_to_rows_that_the_draft_has_nothing_for(draft: LinkedDraft, clock: Clock) -> None:
     costs = measured(clock, round_s=0.1, tokens=3, acceptance=0.9, ngram=0.0)
     history = [1, 2, 3, 4, 1, 2, 3]
-    auto = AutoFallback(costs, ngram(**{"1": history, "2": history}), JustInTimeFallback(costs))
+    auto = AutoBackup(costs, ngram(**{"1": history, "2": history}), just_in_time(costs))
     draft.most = 0
     assert auto.propose(missed(1), K, draft) == [Drafts(NGRAM, [4, 1, 2, 3])]
     began = clock.now
@@ -234,13 +242,13 @@ def test_auto_gives_ngrams_to_rows_that_the_draft_has_nothing_for(draft: LinkedD
 
 def test_nobody_waits_before_a_step_was_measured(draft: LinkedDraft, clock: Clock) -> None:
     draft.step_seconds = 0.0
-    assert JustInTimeFallback(Costs()).propose(missed(0), K, draft) == [NOTHING]
+    assert just_in_time(Costs()).propose(missed(0), K, draft) == [NOTHING]
     assert draft.asked == []
 
 
 def test_just_in_time_without_a_draft(draft: LinkedDraft, clock: Clock) -> None:
     draft.cache = None
-    assert JustInTimeFallback(Costs()).propose(missed(0), K, draft) == [NOTHING]
+    assert just_in_time(Costs()).propose(missed(0), K, draft) == [NOTHING]
     assert clock.now == 0.0
 
 
@@ -258,7 +266,7 @@ def test_the_length_that_pays(
     clock: Clock, acceptance: float, step_s: float, num_missed: int, longest: int, shortest: int
 ) -> None:
     costs = measured(clock, round_s=0.02, tokens=8, acceptance=acceptance, ngram=0.0)
-    assert shortest <= JustInTimeFallback(costs).best_length(num_missed, K, step_s)[0] <= longest
+    assert shortest <= just_in_time(costs).best_length(num_missed, K, step_s)[0] <= longest
 
 
 @pytest.mark.parametrize(
@@ -269,7 +277,7 @@ def test_auto_takes_what_is_measured_to_pay(
 ) -> None:
     costs = measured(clock, round_s=0.02, tokens=4, acceptance=0.8, ngram=ngram_accepted)
     draft.step_seconds = step_s
-    auto = AutoFallback(costs, ngram(**{"0": [1, 2, 3, 4, 1, 2, 3]}), JustInTimeFallback(costs))
+    auto = AutoBackup(costs, ngram(**{"0": [1, 2, 3, 4, 1, 2, 3]}), just_in_time(costs))
     kinds = []
     for _ in range(TRY_OTHER_EVERY):
         draft.naps = 0

@@ -14,10 +14,10 @@ from test_proposer import BUDGET, VOCAB, Bench, K
 from vllm_ssd.draft.batch import _sampling_of_rows
 from vllm_ssd.draft.blocks import BlockPool
 from vllm_ssd.draft.requests import DraftRequest
-from vllm_ssd.link.draft_probs import PointMass
 from vllm_ssd.link.messages import Sampling, Start
 from vllm_ssd.plan.planner import Plan
 from vllm_ssd.target.guard import Guard
+from vllm_ssd.verify.ratio import PointMass
 
 NUMBERS = st.sampled_from([int, np.int64, np.float32, float])
 
@@ -58,7 +58,7 @@ class Guarded(Bench):
 
     def __init__(self) -> None:
         super().__init__()
-        self.guard = Guard(self.proposer, self.counters)
+        self.guard = Guard(self.proposer, self.probs, self.counters)
 
     def enter(self, name: str) -> Start:
         self.guard.start(name, lambda: (self.history[name], Sampling()))
@@ -93,7 +93,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, owner: object, point: str, times: int
     monkeypatch.setattr(owner, point, fail)
 
 
-POINTS = ["_hear_of_draft", "_rows", "_measure", "_look_up", "_go_on", "_count", "_fall_back", "_tell"]
+POINTS = ["_hear_of_draft", "_rows", "_look_up", "_back_up", "_tell"]
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -106,7 +106,7 @@ def test_a_round_that_fails_once(
     plant(monkeypatch, bench.proposer, point)
     bench.link.take_sent()
     with caplog.at_level("ERROR", logger="vllm.ssd"):
-        assert bench.round(a=[60] if point == "_fall_back" else [50]) == [[]]
+        assert bench.round(a=[50]) == [[]]
     assert caplog.text.count("Traceback") == 1
     assert bench.guard.verified("a") == []
     bench.link.take_sent()
@@ -124,14 +124,14 @@ def test_one_poisonous_request_is_excluded_and_no_other(
 ) -> None:
     bench.enter("a")
     bench.enter("b")
-    stock = bench.proposer._go_on
+    stock = bench.proposer._back_up
 
     def fail(rows: Any, *args: Any) -> Any:
         if any(row.request_id == "a" and not row.request.is_excluded for row in rows):
             raise PlantedError("planted")
         return stock(rows, *args)
 
-    monkeypatch.setattr(bench.proposer, "_go_on", fail)
+    monkeypatch.setattr(bench.proposer, "_back_up", fail)
     assert bench.round(a=[50], b=[60]) == [[], []]
     bench.link.take_sent()
     assert bench.round(a=[50], b=[60]) == [[], [60, 90, 91]]  # row by row
@@ -142,12 +142,12 @@ def test_one_poisonous_request_is_excluded_and_no_other(
     assert bench.counters["failures"] == 2
 
 
-@pytest.mark.parametrize("point", ["start", "stop", "laws", "receive"])
+@pytest.mark.parametrize("point", ["start", "stop", "read", "receive"])
 def test_what_else_the_runner_calls(bench: Guarded, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
     from vllm_ssd.target.proposer import LookedUp
 
     b = bench.enter("b")
-    plant(monkeypatch, bench.proposer, point)
+    plant(monkeypatch, bench.probs if point == "read" else bench.proposer, point)
     bench.guard.start("a", lambda: (bench.history["a"], Sampling()))
     (law,) = bench.guard.laws(["a"], [1])
     assert isinstance(law, PointMass)

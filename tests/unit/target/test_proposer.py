@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 from link import Link
 
 from vllm_ssd.link.counters import Counters, target_fields
-from vllm_ssd.link.draft_probs import DraftLaws, PointMass
+from vllm_ssd.link.draft_probs import DraftLaws
 from vllm_ssd.link.messages import (
     Outcomes,
     RoundOutcome,
@@ -20,21 +21,27 @@ from vllm_ssd.link.messages import (
 from vllm_ssd.link.outcome_cache import OutcomeCache
 from vllm_ssd.plan.costs import NGRAM, Costs
 from vllm_ssd.plan.planner import FixedPlan, Plan
+from vllm_ssd.target import draft_link, observer, served_probs
 from vllm_ssd.target import proposer as proposer_module
-from vllm_ssd.target.backup import DraftAccess, Drafts, MissedOutcome
-from vllm_ssd.target.proposer import INTRODUCED_TOKENS, News, Proposer
+from vllm_ssd.target.backup import MissedOutcome
+from vllm_ssd.target.draft_link import DraftLink, News
+from vllm_ssd.target.live import Drafts
+from vllm_ssd.target.observer import RoundObserver
+from vllm_ssd.target.proposer import INTRODUCED_TOKENS, Proposer
+from vllm_ssd.target.served_probs import ServedProbs
+from vllm_ssd.verify.ratio import PointMass
 
 K, SLOTS, BUDGET, VOCAB = 3, 2, 8, 100
 HISTORY = {"a": [1, 2, 3], "b": [4, 5], "c": [6]}
 
 
 class AlwaysMore:
-    """A fallback that always has drafts."""
+    """A backup that always has drafts."""
 
     def __init__(self, history: dict[str, list[int]]) -> None:
         self._history = history
 
-    def propose(self, missed: Sequence[MissedOutcome], num_drafts: int, draft: DraftAccess) -> list[Drafts]:
+    def propose(self, missed: Sequence[MissedOutcome], num_drafts: int, draft: DraftLink) -> list[Drafts]:
         more = range(90, 89 + num_drafts)
         return [Drafts(NGRAM, [self._history[row.request_id][-1], *more]) for row in missed]
 
@@ -49,13 +56,14 @@ class Bench:
         )
         self.counters = Counters(target_fields(K))
         self.history = {name: list(tokens) for name, tokens in HISTORY.items()}
+        self.observer = RoundObserver(self.counters, Costs())
+        self.probs = ServedProbs(self.link, self.observer)
         self.proposer = Proposer(
             self.link,
             SLOTS,
             AlwaysMore(self.history),
-            Costs(),
             lambda name: self.history[name],
-            self.counters,
+            self.observer,
             FixedPlan(Plan(K, BUDGET)),
             VOCAB,
             K,
@@ -67,6 +75,9 @@ class Bench:
         (message,) = self.link.take_sent()
         assert isinstance(message, Start)
         return message
+
+    def laws(self, names: list[str], counts: list[int]) -> list[Any]:
+        return self.probs.read([self.proposer.live(name) for name in names], counts)
 
     def outcomes(self) -> list[RoundOutcome]:
         (message,) = self.link.take_sent()
@@ -262,19 +273,19 @@ def test_a_draft_of_which_nothing_is_accepted_is_spoken_of_once(
 ) -> None:
     """As one with another tokenizer; and one that is accepted is not."""
     said: list[str] = []
-    monkeypatch.setattr(proposer_module.logger, "warning", lambda text, *args: said.append(text % args))
-    bench.link.max_model_len = 10 * proposer_module.WATCHED_LOOKUPS
+    monkeypatch.setattr(observer.logger, "warning", lambda text, *args: said.append(text % args))
+    bench.link.max_model_len = 10 * observer.WATCHED_LOOKUPS
     for accepted in (True, False):
         bench.counters.set("lookups", 0)
-        bench.proposer._watches = True
+        bench.observer._watches = True
         a = bench.start("a")
-        for round_ in range(proposer_module.WATCHED_LOOKUPS + 10):
+        for round_ in range(observer.WATCHED_LOOKUPS + 10):
             outcome = [51, 50] if accepted and round_ else [50]
             bench.link.publish(a, round_, len(outcome) - 1, 50, [51])
             bench.proposer.propose(["a"], [outcome])
         bench.proposer.stop("a")
         bench.link.take_sent()
-        bench.proposer._num_accepted = 0
+        bench.observer._num_accepted = 0
         assert len(said) == (0 if accepted else 1)
     assert "tokenizer" in said[0]
 
@@ -347,7 +358,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(proposer_module, "time", clock)
+    for module in (proposer_module, draft_link, served_probs):
+        monkeypatch.setattr(module, "time", clock)
     return clock
 
 
@@ -356,7 +368,7 @@ def test_waiting_ends_at_the_deadline(clock: Clock) -> None:
     a = bench.start("a")
     bench.link.publish(a, 0, 0, 50, [51])
     assert bench.proposer.propose(["a"], [[50]]) == [[51]]
-    assert 0.002 <= clock.now - 100.0 <= 0.002 + 2 * proposer_module.POLL_S
+    assert 0.002 <= clock.now - 100.0 <= 0.002 + 2 * draft_link.POLL_S
     assert bench.counters["wait_ns"] == pytest.approx(2e6, rel=0.1)
 
 
@@ -395,12 +407,12 @@ def test_the_law_of_drafts_that_were_drawn(bench: Bench) -> None:
     bench.proposer.propose(["a", "b"], [[50], [60]])  # b gets n-gram drafts
     law = np.random.default_rng(0).random((2, VOCAB), dtype=np.float32)
     bench.link.table.publish(a.slot, a.epoch, 1, list(law))
-    found = bench.proposer.laws(["b", "a", "unknown"], [3, 1, 2])
+    found = bench.laws(["b", "a", "unknown"], [3, 1, 2])
     assert isinstance(found[0], PointMass)
     assert isinstance(found[1], np.ndarray)
     assert np.array_equal(found[1][:1], law[:1])
     assert isinstance(found[2], PointMass)
-    assert isinstance(bench.proposer.laws(["a"], [0])[0], PointMass)
+    assert isinstance(bench.laws(["a"], [0])[0], PointMass)
     assert bench.counters["laws_late"] == 0
 
 
@@ -408,23 +420,23 @@ def test_drafts_of_a_greedy_request_have_no_law(bench: Bench) -> None:
     a = bench.start("a")
     bench.link.publish(a, 0, 0, 50, [51])
     bench.proposer.propose(["a"], [[50]])
-    assert isinstance(bench.proposer.laws(["a"], [1])[0], PointMass)
+    assert isinstance(bench.laws(["a"], [1])[0], PointMass)
 
 
 def test_laws_that_are_mostly_late_are_not_waited_for(bench: Bench, clock: Clock) -> None:
     a = bench.start("a", 1.0)
     bench.link.publish(a, 0, 0, 50, [51])
     bench.proposer.propose(["a"], [[50]])
-    steps = 10 * proposer_module.TRY_LAWS_EVERY
-    for _ in range(proposer_module.FIRST_LAWS):
-        bench.proposer.laws(["a"], [1])
+    steps = 10 * served_probs.TRY_EVERY
+    for _ in range(served_probs.FIRST_STEPS):
+        bench.laws(["a"], [1])
     before = clock.now
     for _ in range(steps):
-        bench.proposer.laws(["a"], [1])
-    assert clock.now - before <= 1.1 * proposer_module.LAWS_DEADLINE_S * 10
+        bench.laws(["a"], [1])
+    assert clock.now - before <= 1.1 * served_probs.DEADLINE_S * 10
     bench.link.table.publish(a.slot, a.epoch, 1, [np.ones(VOCAB, dtype=np.float32)])
-    for _ in range(40 * proposer_module.TRY_LAWS_EVERY):  # now they are there when they are asked for
-        assert isinstance(bench.proposer.laws(["a"], [1])[0], np.ndarray)
+    for _ in range(40 * served_probs.TRY_EVERY):  # now they are there when they are asked for
+        assert isinstance(bench.laws(["a"], [1])[0], np.ndarray)
 
 
 @pytest.mark.parametrize("wrong", ["round", "epoch", "depth", "nothing", "draft gone"])
@@ -436,8 +448,8 @@ def test_a_law_that_does_not_come_is_not_waited_for_long(bench: Bench, clock: Cl
     if wrong != "nothing":
         bench.link.table.publish(a.slot, epoch, round_, [np.ones(VOCAB, dtype=np.float32)] * depth)
     bench.link.ready = wrong != "draft gone"
-    assert all(isinstance(law, PointMass) for law in bench.proposer.laws(["a", "a", "a"], [2, 2, 2]))
-    assert clock.now - 100.0 <= 1.1 * proposer_module.LAWS_DEADLINE_S
+    assert all(isinstance(law, PointMass) for law in bench.laws(["a", "a", "a"], [2, 2, 2]))
+    assert clock.now - 100.0 <= 1.1 * served_probs.DEADLINE_S
     assert bench.counters["laws_late"] == 3
 
 
@@ -447,7 +459,7 @@ def test_a_law_may_come_while_it_is_waited_for(bench: Bench, clock: Clock) -> No
     bench.proposer.propose(["a"], [[50]])
     law = np.ones(VOCAB, dtype=np.float32)
     clock.on_nap = lambda: bench.link.table.publish(a.slot, a.epoch, 1, [law])
-    assert isinstance(bench.proposer.laws(["a"], [1])[0], np.ndarray)
+    assert isinstance(bench.laws(["a"], [1])[0], np.ndarray)
     assert clock.naps == 1
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+from vllm_ssd.target import runner_v1
 from vllm_ssd.target.runner_v1 import SSDModelRunner
 
 
@@ -52,3 +53,20 @@ def test_a_request_whose_tokens_vllm_drops_is_introduced_again(monkeypatch: pyte
         )
     )
     assert recorder.told == [("stop", "cut"), ("start", "cut", [7, 1])]
+
+
+def test_seeds_of_unseeded_requests_are_a_start_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replicas give their users other texts, unless the engine was given a seed; all ranks draw alike."""
+    sent: list[int] = []
+
+    def broadcast(seed: int) -> int:
+        sent.append(seed)
+        return sent[0]  # what the first rank has sent
+
+    monkeypatch.setattr(
+        runner_v1, "get_world_group", lambda: SimpleNamespace(broadcast_object=lambda seed: broadcast(seed))
+    )
+    first, second = runner_v1._shared_seed(0), runner_v1._shared_seed(0)
+    assert first == second == sent[0] != sent[1]
+    assert runner_v1._shared_seed(7) == 7
+    assert len(sent) == 2

@@ -24,7 +24,7 @@ from vllm_ssd.link.messages import (
 )
 from vllm_ssd.link.outcome_cache import Outcome, OutcomeCache
 from vllm_ssd.target import supervisor as supervisor_module
-from vllm_ssd.target.proposer import News
+from vllm_ssd.target.draft_link import News
 from vllm_ssd.target.supervisor import (
     ENDING_TIMEOUT_S,
     HEALTHY_S,
@@ -548,6 +548,17 @@ def test_a_draft_that_cannot_be_started_is_tried_again(bench: Bench, monkeypatch
     bench.supervisor.check()
     assert bench.counters["draft_restarts"] == 1
     bench.make_ready()
+
+
+def test_a_draft_that_was_given_up_does_not_stay_a_zombie(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    bench.make_ready()
+    bench.supervisor.give_up("works for nobody any more")
+    monkeypatch.setattr(Process.last, "exit_code", lambda: asked.append(1))
+    assert bench.supervisor.check() is News.NOTHING
+    assert asked
 
 
 def test_messages_after_the_end_are_dropped(bench: Bench) -> None:

@@ -9,9 +9,9 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from vllm_ssd.draft.sampling import saguaro
-from vllm_ssd.link.draft_probs import DraftLaw, PointMass
+from vllm_ssd.verify import ratio
 from vllm_ssd.verify.noise import draft_seed, gumbel
-from vllm_ssd.verify.ratio import verify
+from vllm_ssd.verify.ratio import DraftLaw, PointMass, verify
 from vllm_ssd.verify.verification import Places, draw
 
 VOCAB, COUNT = 6, 20_000
@@ -81,11 +81,15 @@ def test_a_place_without_a_draft() -> None:
     assert p_value([row[0] for row in rows], P) > 1e-3
 
 
-def test_a_token_that_cannot_be_is_never_accepted() -> None:
+@pytest.mark.parametrize("u_is_zero", [False, True])
+def test_a_token_that_cannot_be_is_never_accepted(monkeypatch: pytest.MonkeyPatch, u_is_zero: bool) -> None:
+    """Our u is never 0; even where it is, the comparison with p / q must not let such a token through."""
+    if u_is_zero:
+        monkeypatch.setattr(ratio, "uniform", lambda seeds, positions: torch.zeros(seeds.shape))
     seeds = torch.arange(COUNT)
-    assert all(
-        row != [5] and len(row) == 1 for row in verified(PointMass(), torch.full_like(seeds, 5), seeds)
-    )
+    for law in (PointMass(), as_law(Q)):
+        rows = verified(law, torch.full_like(seeds, 5), seeds)
+        assert all(row != [5] and len(row) == 1 for row in rows)
 
 
 def test_drafts_of_the_targets_own_law_are_all_accepted() -> None:
