@@ -21,7 +21,6 @@ from vllm.platforms import current_platform
 
 from vllm_ssd import compat
 from vllm_ssd.cores import bind_target, format_cores, parse_cores
-from vllm_ssd.link.announcement import new_engine_id
 from vllm_ssd.placement import Placement, parse_gib, place_draft
 from vllm_ssd.target.draft_args import load_args
 from vllm_ssd.vocabularies import warn_of_other_tokens
@@ -108,8 +107,6 @@ class SSDSpeculativeConfig(SpeculativeConfig):
     """Seconds the draft process may take to load before the start-up fails."""
     ssd_stall_timeout: float = Field(default=2.0, gt=0)
     """Seconds without a sign of life after which the target stops asking the draft."""
-    engine_id: str = Field(default_factory=new_engine_id)
-    """Not an option: the name by which the engine's processes find one another."""
     placement: Placement = dataclass_field(init=False)
     """No option: where the draft runs and what it gets, as the user said or as was chosen."""
 
@@ -162,7 +159,6 @@ class SSDSpeculativeConfig(SpeculativeConfig):
                 self.ssd_draft_device,
                 self.ssd_draft_cores,
                 self.ssd_draft_memory,
-                self.engine_id,
             )
 
     def draft_shares_target_positions(self) -> bool:
@@ -173,7 +169,7 @@ class SSDSpeculativeConfig(SpeculativeConfig):
 def create_ssd_config(engine_args: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
     """Build the config from what the user gave; called where vLLM builds its own `SpeculativeConfig`."""
     options = _merged_options(engine_args)
-    for name in (*_INTERNAL, "engine_id"):
+    for name in _INTERNAL:
         if options.pop(name, None) is not None:
             raise ValueError(f"method 'ssd' does not support {name} in the speculative config; remove it")
     ssd = SSDSpeculativeConfig(
@@ -186,7 +182,8 @@ def create_ssd_config(engine_args: Any, target_model_config: Any, target_paralle
         raise ValueError(f"method 'ssd' brings its own worker; remove worker_cls={worker!r}")
     if current_platform.is_cpu():
         target_parallel_config.worker_cls = "vllm_ssd.target.worker_cpu.SSDWorker"
-        bind_target(ssd.placement.cores, target_parallel_config.local_world_size, ssd.engine_id)
+        place = ssd.placement
+        bind_target(place.cores, target_parallel_config.local_world_size, place.engine_id)
     else:
         target_parallel_config.worker_cls = "vllm_ssd.target.worker_cuda.SSDWorker"
     if not _on_v2_runner():

@@ -50,7 +50,7 @@ def choose_draft_cores(given: str | None, device: str, engine_id: str) -> list[i
     Args:
         given: `ssd_draft_cores`.
         device: the draft's.
-        engine_id: the engine's own, see `cores_of_others`.
+        engine_id: of this engine, see `cores_of_others`.
 
     Raises:
         ValueError: if the user names a core that this process may not use.
@@ -74,7 +74,7 @@ def bind_target(draft_cores: Iterable[int], num_ranks: int, engine_id: str) -> N
 
     Args:
         num_ranks: of the target on this host.
-        engine_id: the engine's own, see `cores_of_others`.
+        engine_id: of this engine, see `cores_of_others`.
 
     Raises:
         ValueError: if there are too few cores for several ranks.

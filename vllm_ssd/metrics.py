@@ -200,4 +200,5 @@ class SSDSpecDecodingLogging:
 
 
 def _reader(speculative_config: Any) -> CounterReader:
-    return CounterReader(speculative_config.engine_id, speculative_config.num_speculative_tokens)
+    placement, k = speculative_config.placement, speculative_config.num_speculative_tokens
+    return CounterReader(placement.engine_id, k)

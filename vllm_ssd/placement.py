@@ -11,6 +11,7 @@ from vllm.config import ParallelConfig
 from vllm.platforms import current_platform
 
 from vllm_ssd.cores import choose_draft_cores, target_cores
+from vllm_ssd.link.announcement import new_engine_id
 
 GIB = 1 << 30
 _DRAFT_MEMORY = {"cpu": 0.5, "cuda": 4.0}  # GiB
@@ -24,6 +25,7 @@ class Placement:
     device: str  # "cpu" or such as "cuda:1"
     cores: tuple[int, ...]  # CPU cores of the draft process
     memory_bytes: int  # of its KV cache
+    engine_id: str  # by which other processes find the engine
 
     @property
     def engine_cores(self) -> set[int]:
@@ -36,7 +38,6 @@ def place_draft(
     device: str | None,
     cores: str | None,
     memory: float | None,
-    engine_id: str,
 ) -> Placement:
     """Check what the user said of the draft's place, and choose the rest.
 
@@ -44,16 +45,16 @@ def place_draft(
         parallel: the target's.
         device, cores, memory: `ssd_draft_device`, `ssd_draft_cores` and `ssd_draft_memory` (GiB), None where
             the user gave none.
-        engine_id: the engine's own name.
 
     Raises:
         ValueError: if there is no such device, core or memory; one line says what to change.
     """
+    engine_id = new_engine_id()
     device = _choose_device(device, parallel)
     memory = memory or _DRAFT_MEMORY[device.partition(":")[0]]
     _check_memory(memory, device)
     chosen = choose_draft_cores(cores, device, engine_id)
-    return Placement(device, tuple(chosen), int(memory * GIB))
+    return Placement(device, tuple(chosen), int(memory * GIB), engine_id)
 
 
 def parse_gib(text: str) -> Any:

@@ -156,7 +156,7 @@ def test_a_clean_shutdown_leaves_nothing(engines: Engines, pair: tuple[Path, Pat
     from vllm_ssd.link.announcement import ask
 
     llm = engines.get(pair[0], ssd(pair[1], 4), **few_blocks())
-    name = llm.llm_engine.vllm_config.speculative_config.engine_id
+    name = llm.llm_engine.vllm_config.speculative_config.placement.engine_id
     pid = stats(llm)["draft"]["pid"]
     with ask(name):
         pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
+from pathlib import Path
 
 import pytest
 from configs import Pair, assert_one_line, create, refusal
@@ -122,7 +123,7 @@ class TestCores:
     def chosen(cores: str | None = None) -> list[int]:
         from vllm_ssd.cores import choose_draft_cores
 
-        return choose_draft_cores(cores, "cpu", "")
+        return choose_draft_cores(cores, "cpu", Path())
 
     def test_the_draft_takes_the_last_core(self) -> None:
         assert self.chosen() == [3]
@@ -220,10 +221,10 @@ def test_engines_tell_one_another_their_cores(pair: Pair, monkeypatch: pytest.Mo
 
     stock = cores.cores_of_others
     on_cores(monkeypatch, {core: core for core in range(4)})
-    first = create(pair).speculative_config
-    assert first.placement.engine_cores == {0, 1, 3}
+    first = create(pair).speculative_config.placement
+    assert first.engine_cores == {0, 1, 3}
     before = stock(first.engine_id)  # of engines that run beside this test
-    announcement = Announcement(first.engine_id, first.placement.engine_cores, [])
+    announcement = Announcement(first.engine_id, first.engine_cores, [])
     try:
         assert stock(first.engine_id) == before
         assert stock("another") == before | {0, 1, 3}

@@ -154,10 +154,12 @@ class TargetsDraft:
         self._announcement: Announcement | None = None
         try:
             self._announcement = Announcement(
-                ssd.engine_id, ssd.placement.engine_cores, [each.descriptor for each in counters]
+                ssd.placement.engine_id,
+                ssd.placement.engine_cores,
+                [each.descriptor for each in counters],
             )
         except OSError as error:  # such as in a sandbox without such sockets
-            logger.warning("SSD's counters are not on /metrics and in the log line: %s", error)
+            logger.warning("SSD's counters will be missing on /metrics and in the log: %s", error)
         self._costs = Costs()
         self._planner: RoundPlanner = FixedPlan(Plan(ssd.num_speculative_tokens, ssd.ssd_branch_budget))
         self._proposer: Proposer | None = None

@@ -113,7 +113,9 @@ def start_frontend(start: Callable[..., Engine], model: str) -> None:
     target.add("lookups", 7)
     target.set("draft_alive", 1)
     unregister_vllm_metrics()
-    speculation = SimpleNamespace(method="ssd", engine_id=name, num_speculative_tokens=2)
+    speculation = SimpleNamespace(
+        method="ssd", placement=SimpleNamespace(engine_id=name), num_speculative_tokens=2
+    )
 
     class Stock(SpecDecodingProm):
         def __init__(self, *args: object, **kwargs: object) -> None:
@@ -183,7 +185,7 @@ def test_the_log_line_follows_vllms_own(start: Callable[..., Engine]) -> None:
     name = new_engine_id()
     engine = start(name, 4)
     target, draft = engine.target, engine.draft
-    speculation = SimpleNamespace(engine_id=name, num_speculative_tokens=4)
+    speculation = SimpleNamespace(placement=SimpleNamespace(engine_id=name), num_speculative_tokens=4)
     line = SSDSpecDecodingLogging(Stock(), speculation)
 
     def log() -> list[str]:
