@@ -2,7 +2,7 @@
 
 The noise is that of `vllm_ssd.verify.noise.gumbel`, which as plain PyTorch takes some sixty operations. What
 the draft needs of the result are the first few: `topk` of it are the likeliest outcomes of a coupled row, its
-argmax is a sample of the law.
+argmax is a sample of the distribution.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _MASK = 0xFFFFFFFF
 def perturb(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
     """logits / temperature + noise(seed, position, token); greedy rows stay as they are.
 
-    With Saguaro sampling the logits are log(law), reshaped, and the temperature is 1.
+    With Saguaro sampling the logits are log(distribution), reshaped, and the temperature is 1.
 
     Args:
         logits: [L, V] of any float type.

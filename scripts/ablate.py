@@ -9,7 +9,7 @@ in scripts/bench.py, whose measurements these are.
     fanout      hit rate against branches per accepted length, uniform; the fitted power law of the misses
     strategies  uniform, geometric and global fan-out at equal budget, against temperature
     saguaro     the weight C of Saguaro sampling: acceptance, hits, speed
-    fallbacks   what missed rows get, against batch size
+    backups   what missed rows get, against batch size
     verifiers   ratio, Saguaro, coupled, and vLLM's draft_model with sampled drafts, at temperature 1
 """
 
@@ -125,12 +125,10 @@ def saguaro() -> Figure:
     )
 
 
-def fallbacks() -> Figure:
+def backups() -> Figure:
     """What missed rows get."""
     points = [
-        Point(
-            f"{kind}, temperature {temperature:g}", batch, batch, temperature, options={"ssd_fallback": kind}
-        )
+        Point(f"{kind}, temperature {temperature:g}", batch, batch, temperature, options={"ssd_backup": kind})
         for kind in ("none", "ngram", "draft", "auto")
         for temperature in (0.0, 1.0)
         for batch in (1, 2, 4, 8)
@@ -163,7 +161,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "fanout": fanout,
     "strategies": strategies,
     "saguaro": saguaro,
-    "fallbacks": fallbacks,
+    "backups": backups,
     "verifiers": verifiers,
 }
 
@@ -224,7 +222,7 @@ def row(point: Point, found: Measurements, cores: Cores) -> dict[str, Any]:
     }
 
 
-def fit_power_law(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def fit_power_distribution(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Of each series: miss(F) = miss * F^-r, by least squares of the logarithms."""
     fits = {}
     for series in dict.fromkeys(row["series"] for row in rows):
@@ -257,7 +255,7 @@ def write_table(
         cells = ["-" if found.get(key) is None else f"{found[key]:.4g}" for key in figure.shown]
         lines.append("| " + " | ".join([found["series"], f"{found['x']:g}", *cells]) + " |")
     if name == "fanout":
-        for series, fit in fit_power_law(rows).items():
+        for series, fit in fit_power_distribution(rows).items():
             lines.append(f"\n{series}: miss(F) = {fit['miss']:.3f} * F^-{fit['r']:.2f}")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -371,7 +371,7 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
         console.print(make_table("Speculation", SPECULATION_COLUMNS, speculating))
     console.print(
         "x ar, x d_m: speed relative to no speculation and to draft_model at its best K. accepted: at each "
-        "draft position. hits: outcomes foreseen, then by accepted length k. ssd ms: what SSD costs the "
+        "draft position. hits: outcomes predicted, then by accepted length k. ssd ms: what SSD costs the "
         "target in a round. draft ms: one step of the draft process."
     )
     if min(row["target_core_share"] for row in rows) < QUIET_SHARE:

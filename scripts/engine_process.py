@@ -42,7 +42,7 @@ class StepStats(StatLoggerBase):
         mm_cache_stats: Any = None,
         engine_idx: int = 0,
     ) -> None:
-        """Take in one engine step."""
+        """Receive one engine step."""
         if iteration_stats is not None:
             self.preemptions += iteration_stats.num_preempted_reqs
         if scheduler_stats is not None and scheduler_stats.spec_decoding_stats is not None:
@@ -106,7 +106,7 @@ class Engine:
             step_began = time.perf_counter()
             outputs = self._engine.step()
             seconds = time.perf_counter() - step_began
-            num_tokens = self._take_in(outputs, in_flight, result)
+            num_tokens = self._receive_step(outputs, in_flight, result)
             result.in_flight.append(num_in_flight)
             if is_decode:
                 result.decode_rows += num_in_flight
@@ -131,7 +131,7 @@ class Engine:
         self._engine.add_request(request_id, prompt, params)
         return request_id
 
-    def _take_in(self, outputs: list[Any], in_flight: dict[str, int], result: GenerationResult) -> int:
+    def _receive_step(self, outputs: list[Any], in_flight: dict[str, int], result: GenerationResult) -> int:
         """Collect the step's new tokens; returns how many they are."""
         num_tokens = 0
         for output in outputs:

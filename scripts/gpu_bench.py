@@ -5,7 +5,7 @@
 
 Each measurement runs in a process of its own, which gives all memory back. Weights are random, of true
 shape; models lie in a temporary folder (TMPDIR), which takes 20 GB. Out come DIR/gpu_bench.json and
-DIR/gpu_bench.md. What fails is a row there, and the rest goes on. A dry run's times mean nothing and are
+DIR/gpu_bench.md. What fails is a row there, and the rest continues. A dry run's times mean nothing and are
 marked so.
 """
 

@@ -212,7 +212,7 @@ def speeds(rows: list[dict[str, Any]]) -> dict[int, dict[str, dict[str, Any]]]:
 
 
 def summary(args: argparse.Namespace) -> None:
-    """Five to eight plain lines: what was seen, and how to go on."""
+    """Five to eight plain lines: what was seen, and how to continue."""
     found: dict[str, float] = json.loads(args.serve.read_text(encoding="utf-8"))
     report: dict[str, Any] = json.loads(args.bench.read_text(encoding="utf-8"))
     print("\nSummary")

@@ -11,7 +11,7 @@ scripts/soak_requests.py has all of them.
 
 Hit rate: of the streams' own requests, by vLLM's --per-request-spec-decode-metrics. A request's rounds are
 its output tokens less those that were accepted drafts, less the one of the prefill; its hits are the rounds
-that verified drafts. With ssd_fallback "none" only a hit of the outcome cache gives a round drafts. (Drafts
+that verified drafts. With ssd_backup "none" only a hit of the outcome cache gives a round drafts. (Drafts
 accepted beyond a request's last token make its rounds K too few at most, in both phases alike.)
 """
 

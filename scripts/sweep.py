@@ -5,7 +5,7 @@
 One engine runs all choices of K, branch budget and batch size in turns, repeat by repeat; what it is to do is
 set before each measurement. The model is given what was measured of the parts, over all points together: the
 time of a round by the tokens it verifies, of a draft step by its rows, the acceptance, and how misses fall
-with more branches. From that it has to foretell how fast each point is. Then the fastest point of each batch
+with more branches. From that it has to predict how fast each point is. Then the fastest point of each batch
 size and the planner, which has seen some rounds of that batch size, take turns. Out come model.json,
 model.md and model.png.
 """

@@ -33,7 +33,7 @@ for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE"):
     os.environ.pop(name, None)
 
 # On a busy machine an example may take any time; and CI tries the same examples every time, so that it is red
-# only for what a change did. Runs by hand go on looking for new ones.
+# only for what a change did. Runs by hand continue looking for new ones.
 settings.register_profile(
     "ssd", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=bool(os.environ.get("CI"))
 )

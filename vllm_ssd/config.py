@@ -76,13 +76,13 @@ class SSDSpeculativeConfig(SpeculativeConfig):
     so a draft round keeps fitting inside one verification."""
     ssd_verify: Literal["coupled", "ratio"] = "coupled"
     """How sampled requests (temperature > 0) are verified; both ways are exact. coupled: draft and target
-    share keyed noise, so that the draft foresees what is sampled, and a seeded request has the same tokens
+    share keyed noise, so that the draft predicts what is sampled, and a seeded request has the same tokens
     whatever the draft does. ratio: rejection sampling of drafts that the draft samples by itself."""
     ssd_saguaro_c: float = Field(default=1.0, gt=0, le=1)
     """With ssd_verify "ratio": weight of the likeliest tokens when the draft samples. Less than 1 means more
     hits and less acceptance."""
-    ssd_fallback: Literal["none", "ngram", "draft", "auto"] = "none"
-    """Drafts of a row whose outcome was not foreseen: none (one exact autoregressive step), ngram, draft
+    ssd_backup: Literal["none", "ngram", "draft", "auto"] = "none"
+    """Drafts of a row whose outcome was not predicted: none (one exact autoregressive step), ngram, draft
     (of the draft model, just in time: the batch waits), or auto: whichever of the two is measured to pay."""
     ssd_planner: bool = False
     """Choose K and the branch budget for each batch size by what is measured to pay, at most what is set; do
@@ -95,14 +95,14 @@ class SSDSpeculativeConfig(SpeculativeConfig):
     CUDA, all."""
     ssd_draft_dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     """Type of the draft's weights and activations, and of its KV cache unless `kv_cache_dtype` is given.
-    auto: the target's. It decides how much is accepted, never the law of what is generated."""
+    auto: the target's. It decides how much is accepted, never the distribution of what is generated."""
     ssd_draft_memory: float | None = Field(default=None, gt=0)
     """GiB of KV cache in the draft process, for all requests. Default: 0.5, on CUDA 4. Requests that find no
-    room go on without drafts."""
+    room continue without drafts."""
     ssd_prefill_chunk: int = Field(default=256, ge=1, le=65536)
     """Prompt tokens the draft prefills in one step, over all requests, between rounds of the others."""
     ssd_wait_ms: float = Field(default=0.0, ge=0, le=1000)
-    """Longest time the target waits in a round for a foreseen outcome's drafts to reach full depth."""
+    """Longest time the target waits in a round for a predicted outcome's drafts to reach full depth."""
     ssd_ready_timeout: float = Field(default=300.0, gt=0)
     """Seconds the draft process may take to load before the start-up fails."""
     ssd_stall_timeout: float = Field(default=2.0, gt=0)

@@ -26,7 +26,7 @@ METRICS: dict[str, tuple[str, str, float]] = {
     "vllm:ssd_rounds": ("Steps of the target, those that only prefill too.", "rounds", 1),
     "vllm:ssd_cache_lookups": ("Verification outcomes looked up in the outcome cache.", "lookups", 1),
     "vllm:ssd_cache_hits": ("Lookups that found drafts.", "hits", 1),
-    "vllm:ssd_cache_late": ("Lookups whose outcome was foreseen but had no drafts yet.", "late", 1),
+    "vllm:ssd_cache_late": ("Lookups whose outcome was predicted but had no drafts yet.", "late", 1),
     "vllm:ssd_drafts_served": ("Draft tokens that lookups found.", "drafts_served", 1),
     "vllm:ssd_undrafted": (
         "Outcomes while there was no draft process to ask, or one that did not know the request.",
@@ -36,16 +36,16 @@ METRICS: dict[str, tuple[str, str, float]] = {
     "vllm:ssd_too_long": ("Outcomes of requests longer than the draft's context.", "too_long", 1),
     "vllm:ssd_failures": ("Errors of SSD's own, each of which cost a step its drafts.", "failures", 1),
     "vllm:ssd_draft_dropped": ("Requests the draft dropped since a step with them failed.", "dropped", 1),
-    "vllm:ssd_fallback_none": (
-        "Rows that found no drafts and went on without.",
-        "fallback_none",
+    "vllm:ssd_backup_none": (
+        "Rows that found no drafts and continued without.",
+        "backup_none",
         1,
     ),
-    "vllm:ssd_fallback_ngram": ("Such rows for which n-grams were looked up.", "fallback_ngram", 1),
-    "vllm:ssd_fallback_draft": ("Such rows that went on with just-in-time drafts.", "fallback_draft", 1),
-    "vllm:ssd_laws_late": (
+    "vllm:ssd_backup_ngram": ("Such rows for which n-grams were looked up.", "backup_ngram", 1),
+    "vllm:ssd_backup_draft": ("Such rows that continued with just-in-time drafts.", "backup_draft", 1),
+    "vllm:ssd_draft_probs_late": (
         "Rows whose drafts' probabilities came too late for ratio verification.",
-        "laws_late",
+        "draft_probs_late",
         1,
     ),
     "vllm:ssd_wait_seconds": ("Time the target waited for the draft.", "wait_ns", 1e-9),

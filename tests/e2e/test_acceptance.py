@@ -68,7 +68,7 @@ def test_as_many_are_accepted_as_with_draft_model(engines: Engines, pair: tuple[
     target, draft = pair
     model = LlamaForCausalLM.from_pretrained(draft, dtype=torch.float32).eval()
 
-    # The target waits for the full depth of what was foreseen. Few branches, so that the draft keeps up.
+    # The target waits for the full depth of what was predicted. Few branches, so that the draft keeps up.
     speculative = ssd(draft, K, ssd_branch_budget=12, ssd_max_rows=24, ssd_wait_ms=1000.0)
     llm = engines.get(target, speculative)
     by_ssd: Drafted = []
@@ -86,7 +86,7 @@ def test_as_many_are_accepted_as_with_draft_model(engines: Engines, pair: tuple[
     stock_rates, stock_counts = acceptance(llm)
 
     # The text and the drafts after each of its prefixes are the same, so the rounds are samples of one whole:
-    # SSD leaves out those whose outcome it had not foreseen.
+    # SSD leaves out those whose outcome it had not predicted.
     for position in range(K):
         rate, stock_rate = rates[position], stock_rates[position]
         error = math.sqrt(0.25 / counts[position] + 0.25 / stock_counts[position])

@@ -58,7 +58,7 @@ def params() -> list[Any]:
 SETTINGS: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
     (1, {"ssd_branch_budget": 4}, {}),
     (3, {"ssd_branch_budget": 24, "ssd_max_rows": 96}, {"max_num_batched_tokens": 64}),
-    (7, {"ssd_fallback": "ngram"}, {"max_num_seqs": 3}),
+    (7, {"ssd_backup": "ngram"}, {"max_num_seqs": 3}),
 ]
 
 
@@ -138,7 +138,7 @@ def test_ratio_answers_the_same_requests(
 ) -> None:
     """Prompts of one token, seeded ones with prompts in chunks, and top_k alone, each ended the engine.
 
-    The greedy ones among them are answered as ever; the law of the others is in test_exactness.py.
+    The greedy ones among them are answered as ever; the distribution of the others is in test_exactness.py.
     """
     llm = engines.get(pair[0], ssd(pair[1], 3, ssd_verify="ratio"), max_num_batched_tokens=64)
     asked = params()

@@ -224,7 +224,7 @@ def play_rounds(target: Target) -> None:
     shared = tokens_of(50, 70)
     for slot, prompt in enumerate((tokens_of(51, 1), tokens_of(52, 30), shared, [*shared, 7, 8])):
         target.start(slot, prompt)
-        target.settle()
+        target.run_until_idle()
     for turn in range(12):
         if turn == 6:  # preempted and resumed
             tokens = target.live[1].tokens
@@ -234,7 +234,7 @@ def play_rounds(target: Target) -> None:
             target.step()
         for slot in list(target.live):
             target.decide_like(slot, rng)
-    target.settle()
+    target.run_until_idle()
     assert target.hits > 10
     assert target.counters["adopted"] > 10
     target.finish()

@@ -108,7 +108,7 @@ class Serving:
 
 @pytest.fixture(scope="module")
 def serving(engines: Engines, pair: tuple[Path, Path]) -> Serving:
-    llm = engines.get(pair[0], ssd(pair[1], 4, ssd_stall_timeout=1.0, ssd_fallback="draft"))
+    llm = engines.get(pair[0], ssd(pair[1], 4, ssd_stall_timeout=1.0, ssd_backup="draft"))
     llm.collective_rpc("ssd_plan", args=(0,))  # without drafts; test_lossless.py compares with stock vLLM
     expected = generate(llm, prompts(), greedy_params(NUM_TOKENS))
     llm.collective_rpc("ssd_plan")

@@ -86,10 +86,10 @@ def demanding_reference(engines: Engines, pair: tuple[Path, Path]) -> list[list[
 @pytest.mark.parametrize(
     ("num_drafts", "options"),
     [
-        (1, {"ssd_fallback": "draft", "ssd_fanout": "geometric", "ssd_draft_dtype": "bfloat16"}),
-        # The draft reaches 300 positions, the target 1,024: beyond, rows go on with n-gram drafts alone.
-        (4, {"ssd_fallback": "ngram", "max_model_len": 300}),
-        (4, {"ssd_fallback": "auto", "max_model_len": 600, "ssd_planner": True}),
+        (1, {"ssd_backup": "draft", "ssd_fanout": "geometric", "ssd_draft_dtype": "bfloat16"}),
+        # The draft reaches 300 positions, the target 1,024: beyond, rows continue with n-gram drafts alone.
+        (4, {"ssd_backup": "ngram", "max_model_len": 300}),
+        (4, {"ssd_backup": "auto", "max_model_len": 600, "ssd_planner": True}),
     ],
     ids=["1-just-in-time-geometric-bfloat16", "4-ngram-short-draft", "4-auto-planned"],
 )

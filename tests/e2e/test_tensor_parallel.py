@@ -59,7 +59,7 @@ def assert_ranks_agree(llm: Any) -> None:
 
 def planned(engines: Engines, pair: tuple[Path, Path]) -> Any:
     """An engine whose planner has timed both ranks."""
-    speculative = ssd(pair[1], 4, ssd_planner=True, ssd_fallback="ngram")
+    speculative = ssd(pair[1], 4, ssd_planner=True, ssd_backup="ngram")
     llm = engines.get(pair[0], speculative, **RANKS)
     llm.collective_rpc(await_draft)
     llm.collective_rpc("ssd_plan", args=(4, 8))  # what it plans is its own
@@ -91,11 +91,11 @@ def test_sampled_tokens_do_not_depend_on_the_draft(engines: Engines, pair: tuple
     assert_ranks_agree(llm)
 
 
-def test_ratio_verification_takes_the_same_laws_on_both_ranks(
+def test_ratio_verification_takes_the_same_distributions_on_both_ranks(
     engines: Engines, pair: tuple[Path, Path]
 ) -> None:
     """Each rank would read what there is of them at another time."""
-    llm = engines.get(pair[0], ssd(pair[1], 3, ssd_verify="ratio", ssd_fallback="ngram"), **RANKS)
+    llm = engines.get(pair[0], ssd(pair[1], 3, ssd_verify="ratio", ssd_backup="ngram"), **RANKS)
     llm.collective_rpc(await_draft)
     generate(llm, prompts(), sampled())
     assert_ranks_agree(llm)

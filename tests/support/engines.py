@@ -157,7 +157,7 @@ def await_draft(worker: Any) -> None:
 
 
 def vary_depth(worker: Any) -> None:
-    """Let each round begin when its drafts have reached a depth drawn from 0 to K; the draft goes on.
+    """Let each round begin when its drafts have reached a depth drawn from 0 to K; the draft continues.
 
     As with `await_draft` this much is certain; what the draft adds before the look-up, or while the target
     verifies, is up to the machine. Half of the look-ups get the drawn depth and no more.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vllm_ssd.link.draft_probs import DraftLaws
+from vllm_ssd.link.draft_probs import DraftProbs
 from vllm_ssd.link.messages import Start, ToDraft
 from vllm_ssd.link.outcome_cache import OutcomeCache
 from vllm_ssd.target.draft_link import News
@@ -16,9 +16,9 @@ class Link:
     step_seconds = 0.001
     max_model_len = 1_000
 
-    def __init__(self, cache: OutcomeCache, laws: DraftLaws) -> None:
+    def __init__(self, cache: OutcomeCache, distributions: DraftProbs) -> None:
         self.outcomes = cache
-        self.table = laws
+        self.table = distributions
         self.ready = True
         self.news = News.NOTHING  # of the next check
         self.sent: list[ToDraft] = []
@@ -28,7 +28,7 @@ class Link:
         return self.outcomes if self.ready else None
 
     @property
-    def laws(self) -> DraftLaws | None:
+    def distributions(self) -> DraftProbs | None:
         return self.table if self.ready else None
 
     def check(self) -> News:
@@ -49,7 +49,7 @@ class Link:
         return sent
 
     def publish(self, start: Start, round_: int, k: int, token: int, drafts: list[int]) -> None:
-        """As the draft does for one foreseen outcome."""
+        """As the draft does for one predicted outcome."""
         entry = round_ % self.outcomes.entries.shape[1]
         self.outcomes.open_branches(start.slot, entry, start.epoch, round_, np.array([k]), np.array([token]))
         for depth, draft in enumerate(drafts):

@@ -44,7 +44,7 @@ class Oracle:
 
 
 def with_oracle(worker: Any) -> Oracle:
-    """Let the worker's proposer miss every outcome and ask an oracle; the draft process goes on beside it."""
+    """Let the worker's proposer miss every outcome and ask an oracle; the draft process works beside it."""
     runner = worker.model_runner
     oracle = Oracle(runner, runner.input_batch.vocab_size)
     proposer = runner.proposer.proposer  # within its guard

@@ -18,5 +18,5 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 @pytest.fixture(scope="session")
 def small_vocabulary_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """(target, draft) of 8 tokens: the law of a few tokens can be enumerated."""
+    """(target, draft) of 8 tokens: the distribution of a few tokens can be enumerated."""
     return write_pair(tmp_path_factory.mktemp("small"), vocab_size=8, agreement=0.3, sharpness=1.5)

@@ -16,7 +16,7 @@ from wire import configure
 from vllm_ssd.draft.rows import Engine
 from vllm_ssd.draft.server import BranchTable, DraftServer
 from vllm_ssd.link.counters import DRAFT_FIELDS, Counters
-from vllm_ssd.link.draft_probs import DraftLaws
+from vllm_ssd.link.draft_probs import DraftProbs
 from vllm_ssd.link.messages import (
     Configure,
     Missed,
@@ -127,7 +127,7 @@ class Target:
         self.engine = engine or toy_engine(setup)
         self.oracle = oracle or ToyOracle(setup.vocab)
         self.cache = OutcomeCache(setup.max_slots, setup.budget, setup.num_drafts, setup.vocab)
-        self.laws = DraftLaws(setup.max_slots, setup.num_drafts, setup.vocab)
+        self.distributions = DraftProbs(setup.max_slots, setup.num_drafts, setup.vocab)
         self.counters = Counters(DRAFT_FIELDS)
         self.server = DraftServer(
             setup.configure(),
@@ -135,7 +135,7 @@ class Target:
             None,  # type: ignore[arg-type]  # the tests call `handle` themselves
             table(self.cache),
             self.counters,
-            self.laws if draws else None,
+            self.distributions if draws else None,
         )
         self.live: dict[int, Live] = {}
         self.epoch = 0
@@ -161,7 +161,7 @@ class Target:
         self.check_cache()
         return busy
 
-    def settle(self, limit: int = 500) -> None:
+    def run_until_idle(self, limit: int = 500) -> None:
         """Let the draft work until it has nothing left to do."""
         for _ in range(limit):
             if not self.step():
@@ -207,7 +207,7 @@ class Target:
         self.server.handle(Missed([MissedRow(slot, request.epoch, request.round, tokens, num_drafts)]))
 
     def decide(
-        self, slot: int, k: int, token: int, fallback: list[int] | None = None, steps_meanwhile: int = 0
+        self, slot: int, k: int, token: int, backup: list[int] | None = None, steps_meanwhile: int = 0
     ) -> list[int]:
         """The target accepts k drafts and adds `token`; returns what it verifies next.
 
@@ -217,7 +217,7 @@ class Target:
         outcome = Outcome(slot, request.epoch, request.round, k, token)
         (served,) = self.cache.look_up([outcome])
         self.hits += bool(served)
-        drafts = (fallback or []) if served is None else served[: self.num_drafts]
+        drafts = (backup or []) if served is None else served[: self.num_drafts]
         for _ in range(steps_meanwhile):
             self.step()
         tokens = [*request.drafts[:k], token]
@@ -231,7 +231,7 @@ class Target:
         return drafts
 
     def decide_like(self, slot: int, rng: random.Random) -> None:
-        """A random outcome: mostly foreseen ones, sometimes any, sometimes with n-gram drafts."""
+        """A random outcome: mostly predicted ones, sometimes any, sometimes with n-gram drafts."""
         request = self.live[slot]
         branches = self.published(slot)
         if branches and rng.random() < 0.7:
@@ -243,13 +243,13 @@ class Target:
                 self.await_drafts(slot, k, token, rng.randint(1, self.setup.num_drafts))
                 for _ in range(rng.randint(0, 4)):
                     self.step()
-        fallback = None
+        backup = None
         if rng.random() < 0.4:
-            fallback = [rng.randrange(self.setup.vocab) for _ in range(rng.randint(1, self.setup.num_drafts))]
+            backup = [rng.randrange(self.setup.vocab) for _ in range(rng.randint(1, self.setup.num_drafts))]
             if rng.random() < 0.5:  # n-gram drafts are often right
                 tokens = [*request.tokens, *request.drafts[:k], token]
-                fallback = self.continuation(tokens, len(fallback))
-        self.decide(slot, k, token, fallback, steps_meanwhile=rng.choice([0, 0, 0, 1, 3]))
+                backup = self.continuation(tokens, len(backup))
+        self.decide(slot, k, token, backup, steps_meanwhile=rng.choice([0, 0, 0, 1, 3]))
 
     def finish(self) -> None:
         """Stop everything; all blocks must be free again."""

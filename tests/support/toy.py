@@ -51,7 +51,7 @@ def _digest_of(tokens: tuple[int, ...]) -> int:
 
 
 def fingerprint(state: int, seed: int) -> float:
-    """What the toy's law has everywhere: it tells which prefix and which noise a draft came from."""
+    """What the toy's distribution has everywhere: it tells which prefix and which noise a draft came from."""
     return float((state * 31 + seed) % 65_521)
 
 
@@ -61,7 +61,7 @@ class ToyPredictions:
 
     states: list[int]  # [L] digests of the prefixes
     drafts: Int64Array
-    laws: npt.NDArray[np.float32] | None
+    distributions: npt.NDArray[np.float32] | None
 
 
 class ToyEngine:
@@ -118,11 +118,11 @@ class ToyEngine:
         self._rows, self._drafts = rows, drafts
         if rows.sampling is None:
             return ToyPredictions(wanted, drafts, None)
-        laws = [
+        distributions = [
             np.full(self.vocab_size, fingerprint(state, seed), dtype=np.float32)
             for state, seed in zip(wanted, rows.sampling.seeds.tolist(), strict=True)
         ]
-        return ToyPredictions(wanted, drafts, np.array(laws))
+        return ToyPredictions(wanted, drafts, np.array(distributions))
 
     def advance(self) -> ToyPredictions:
         assert (self._rows.query_lens == 1).all()

@@ -72,7 +72,7 @@ def test_options_are_kept(pair: Pair) -> None:
         pair,
         ssd_branch_budget=10,
         ssd_fanout=[4, 3, 1, 1, 1],
-        ssd_fallback="ngram",
+        ssd_backup="ngram",
         ssd_draft_cores=str(first),
         ssd_wait_ms=1.5,
         max_model_len=128,
@@ -80,7 +80,7 @@ def test_options_are_kept(pair: Pair) -> None:
     assert config.placement.cores == (first,)
     assert config.ssd_fanout == [4, 3, 1, 1, 1]
     assert config.ssd_draft_cores == str(first)
-    assert config.ssd_fallback == "ngram"
+    assert config.ssd_backup == "ngram"
     assert config.ssd_wait_ms == 1.5
     assert config.draft_model_config.max_model_len == 128
 
@@ -143,7 +143,7 @@ def test_refused_options(pair: Pair, options: dict[str, Any], parts: tuple[str, 
     "options",
     [
         {"ssd_branch_budget": 0},
-        {"ssd_fallback": "guess"},
+        {"ssd_backup": "guess"},
         {"ssd_draft_dtype": "int4"},
         {"ssd_wait_ms": -1.0},
         {"ssd_draft_memory": 0.0},
@@ -497,7 +497,7 @@ WRITTEN: list[tuple[str, str | None, Any, Any]] = [
     ("ssd_max_rows", "1k", 1000, 1000),
     ("ssd_verify", "ratio", "ratio", "ratio"),
     ("ssd_saguaro_c", "1", 1, 1.0),
-    ("ssd_fallback", "ngram", "ngram", "ngram"),
+    ("ssd_backup", "ngram", "ngram", "ngram"),
     ("ssd_planner", "true", True, True),
     ("ssd_planner", "false", "false", False),
     ("ssd_planner", None, 1, True),

@@ -10,7 +10,7 @@ from device import DEVICE
 from link import Link
 
 from vllm_ssd.link.counters import Counters, target_fields
-from vllm_ssd.link.draft_probs import DraftLaws
+from vllm_ssd.link.draft_probs import DraftProbs
 from vllm_ssd.link.messages import Outcomes, RoundOutcome, Start, Stop
 from vllm_ssd.link.outcome_cache import OutcomeCache
 from vllm_ssd.plan.costs import Costs
@@ -34,7 +34,7 @@ class Bench:
     may_fail = False
 
     def __init__(self) -> None:
-        self.link = Link(self.new_cache(), DraftLaws(SLOTS, K, VOCAB))
+        self.link = Link(self.new_cache(), DraftProbs(SLOTS, K, VOCAB))
         self.counters = Counters(target_fields(K))
         self.histories = Histories()
         self.slots: dict[str, int] = {}
@@ -80,7 +80,7 @@ class Bench:
         return [row[:count] for row, count in zip(drafts.tolist(), num_drafts.tolist(), strict=True)]
 
     def told(self) -> list[RoundOutcome]:
-        """What the draft has heard since, when all rounds are taken in."""
+        """What the draft has heard since, when all rounds are received."""
         self.deferred.proposed()
         return [
             row for message in self.link.take_sent() if isinstance(message, Outcomes) for row in message.rows

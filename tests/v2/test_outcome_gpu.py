@@ -29,7 +29,7 @@ class PublishingToy(ToyEngine):
     def forward(self, rows: Rows) -> ToyPredictions:
         predictions = super().forward(rows)
         assert rows.entries is not None
-        if rows.entries is not self._entries:  # else the last step's rows went on
+        if rows.entries is not self._entries:  # else the last step's rows continued
             self._entries = rows.entries
             self._places, self._depths = map(torch.from_numpy, (rows.entries.places, rows.entries.depths))
         publish(self.table, self._places, self._depths, torch.from_numpy(predictions.drafts))

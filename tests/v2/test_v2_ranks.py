@@ -1,4 +1,4 @@
-"""A target on two ranks under vLLM's V2 runner: the leader's drafts, and their laws, get where they must."""
+"""A target on two ranks under vLLM's V2 runner: the leader's drafts and distributions get where they must."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def is_deferred(worker: Any) -> bool | None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"ssd_fallback": "ngram"}, {"ssd_verify": "ratio", "ssd_fallback": "ngram"}],
+    [{}, {"ssd_backup": "ngram"}, {"ssd_verify": "ratio", "ssd_backup": "ngram"}],
     ids=["deferred", "ngram", "ratio"],
 )
 def test_both_of_a_tensor_parallel_target_verify_the_same(
@@ -105,7 +105,7 @@ def test_both_of_a_tensor_parallel_target_verify_the_same(
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"ssd_verify": "ratio", "ssd_fallback": "ngram"}], ids=["deferred", "ratio"]
+    "options", [{}, {"ssd_verify": "ratio", "ssd_backup": "ngram"}], ids=["deferred", "ratio"]
 )
 def test_the_first_stage_of_a_pipeline_embeds_what_the_last_verifies(
     engines: Engines,

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from device import DEVICE
+from distributions import Distribution, assert_exact, assert_rejected
 from engines import (
     Engines,
     await_draft,
@@ -23,7 +24,6 @@ from engines import (
     ssd,
     stats,
 )
-from laws import Law, assert_exact, assert_rejected
 from transformers import LlamaForCausalLM
 
 from vllm_ssd import compat
@@ -113,9 +113,9 @@ def seeded_reference(engines: Engines, pair: Pair) -> list[list[int]]:
 @pytest.mark.parametrize(
     ("num_drafts", "options"),
     [
-        (1, {"ssd_fallback": "draft"}),
+        (1, {"ssd_backup": "draft"}),
         (2, {}),
-        (4, {"ssd_fallback": "ngram", "max_model_len": 100}),
+        (4, {"ssd_backup": "ngram", "max_model_len": 100}),
         (5, {"ssd_planner": True}),
         (3, {"ssd_verify": "ratio"}),  # the next test's engine
     ],
@@ -167,7 +167,7 @@ def watch_histories(worker: Any) -> None:
     stock = speculator.remove
 
     def remove(request_id: str) -> None:
-        speculator.proposed()  # its last round is taken in: else it may leave before the thread has seen that
+        speculator.proposed()  # its last round is received: else it may leave before the thread has seen that
         if request_id in speculator._histories:
             speculator.watched.append(speculator.history(request_id))
         stock(request_id)
@@ -194,7 +194,7 @@ def test_filled_up_rows(
     prompts = mixed_prompts()[:16]
     outputs = in_batches(llm, prompts, greedy_params(NUM_TOKENS))
     assert outputs == greedy_reference[:16]
-    in_worker(llm, lambda worker: worker.model_runner.speculator.proposed())  # all rounds are taken in
+    in_worker(llm, lambda worker: worker.model_runner.speculator.proposed())  # all rounds are received
     if not options:
         assert in_batches(llm, prompts, seeded_params(16)) == seeded_reference[:16]
         in_worker(llm, lambda worker: worker.model_runner.speculator.proposed())
@@ -297,25 +297,25 @@ def test_ratio_is_exact(
     monkeypatch.setattr(served_probs, "DEADLINE_S", 20.0)
     llm = small_engine(engines, small_vocabulary_pair)
     in_worker(llm, await_draft)
-    assert_exact(model, llm, [Law(0.7), Law(1.2)], NUM_SAMPLES)
+    assert_exact(model, llm, [Distribution(0.7), Distribution(1.2)], NUM_SAMPLES)
     counted = stats(llm)
     print(counted)
     assert 100 < counted["hits"] < counted["lookups"] - 100
-    assert counted["laws_late"] == 0
+    assert counted["draft_probs_late"] == 0
 
 
-def test_ratio_with_a_wrong_law_is_rejected(
+def test_ratio_with_a_wrong_distribution_is_rejected(
     engines: Engines, small_vocabulary_pair: Pair, model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The test above has the power to fail."""
     llm = small_engine(engines, small_vocabulary_pair)
-    stock = runner_v2.law_as_logits
+    stock = runner_v2.distribution_as_logits
 
-    def of_another_token(law: Any, drafts: Sequence[int], *args: Any) -> torch.Tensor:
+    def of_another_token(distribution: Any, drafts: Sequence[int], *args: Any) -> torch.Tensor:
         return stock(PointMass(), [(token + 1) % 8 for token in drafts], *args)
 
-    monkeypatch.setattr(runner_v2, "law_as_logits", of_another_token)
-    assert_rejected(model, llm, [Law(0.7)], 140)
+    monkeypatch.setattr(runner_v2, "distribution_as_logits", of_another_token)
+    assert_rejected(model, llm, [Distribution(0.7)], 140)
 
 
 def small_engine(engines: Engines, pair: Pair) -> Any:
@@ -327,6 +327,6 @@ def small_engine(engines: Engines, pair: Pair) -> Any:
         ssd_max_rows=96,
         ssd_verify="ratio",
         ssd_saguaro_c=0.5,
-        ssd_fallback="ngram",
+        ssd_backup="ngram",
     )
     return engines.get(pair[0], speculative, max_num_seqs=24, max_model_len=128)

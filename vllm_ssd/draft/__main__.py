@@ -82,7 +82,7 @@ def _build_server(configure: Configure, inherited: Descriptors, channel: Channel
     from vllm_ssd.draft.engine import DraftEngine
     from vllm_ssd.draft.server import DraftServer
     from vllm_ssd.link.counters import DRAFT_FIELDS, Counters
-    from vllm_ssd.link.draft_probs import DraftLaws
+    from vllm_ssd.link.draft_probs import DraftProbs
     from vllm_ssd.link.outcome_cache import OutcomeCache
     from vllm_ssd.plan.speed_model import measure_line
 
@@ -101,9 +101,9 @@ def _build_server(configure: Configure, inherited: Descriptors, channel: Channel
         configure.vocab_size,
         inherited.outcome_cache,
     )
-    laws = None
+    distributions = None
     if inherited.draft_probs is not None:
-        laws = DraftLaws(
+        distributions = DraftProbs(
             configure.max_slots,
             configure.num_speculative_tokens,
             engine.vocab_size,
@@ -117,7 +117,7 @@ def _build_server(configure: Configure, inherited: Descriptors, channel: Channel
         engine.num_blocks, engine.block_size, *step_times, engine.max_model_len, gpu_cache is not None
     )
     channel.send(ready)
-    return DraftServer(configure, engine, channel, gpu_cache or cache, counters, laws)
+    return DraftServer(configure, engine, channel, gpu_cache or cache, counters, distributions)
 
 
 def _open_gpu_cache(configure: Configure, engine: DraftEngine) -> GpuOutcomeCache | None:

@@ -46,7 +46,7 @@ class BranchGroup:
         return self.roots + self.steps
 
     def advance(self, predictions: Predictions, first: int) -> Int64Array:
-        """Take in a step whose rows from `first` on are this group's; returns the new draft tokens [n]."""
+        """Receive a step whose rows from `first` on are this group's; returns the new draft tokens [n]."""
         drafts = predictions.drafts[first : first + len(self)]
         self.predicted.append(Place(predictions, first))
         self.steps += 1
@@ -58,13 +58,17 @@ class BranchGroup:
         predictions, first = self.predicted[step]
         return Place(predictions, first + branch)
 
-    def laws(self, branch: int, num_drafts: int) -> list[Float32Array]:
+    def distributions(self, branch: int, num_drafts: int) -> list[Float32Array]:
         """[V] each: what the branch's first drafts were drawn from; empty where they were not drawn."""
         places = [self.place(branch, step) for step in range(min(num_drafts, self.steps))]
-        return [place.predictions.laws[place.row] for place in places if place.predictions.laws is not None]
+        return [
+            place.predictions.distributions[place.row]
+            for place in places
+            if place.predictions.distributions is not None
+        ]
 
     def find(self, k: int, token: int) -> int | None:
-        """Index of the branch that foresaw this outcome."""
+        """Index of the branch that predicted this outcome."""
         matches = np.flatnonzero((self.ks == k) & (self.chains[:, 0] == token))
         return int(matches[0]) if len(matches) else None
 

@@ -59,7 +59,7 @@ class StepPredictions:
         torch.Tensor
     )  # [L, V], what candidates are ranked by: tempered, restricted, in coupled rows with the noise
     drafts: Int64Array
-    laws: Float32Array | None = None
+    distributions: Float32Array | None = None
 
 
 @dataclass
@@ -321,7 +321,7 @@ class DraftEngine:
         chosen = self._sampler.choose(logits, step.sampling, step.wanted_positions)
         self._drafts = chosen.drafts
         step.publish(chosen.drafts)
-        return StepPredictions(chosen.logits, chosen.drafts.cpu().numpy(), chosen.laws)
+        return StepPredictions(chosen.logits, chosen.drafts.cpu().numpy(), chosen.distributions)
 
     def _publisher(self, rows: Rows) -> Callable[[torch.Tensor], None]:
         """What publishes the drafts of these rows, in each step a token more."""

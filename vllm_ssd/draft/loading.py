@@ -72,7 +72,7 @@ def plan_kv_cache(config: VllmConfig, memory_bytes: int) -> KVCacheConfig:
     """Plan the KV cache, in one layout for all layers.
 
     Where it is too small for a request of the full length, `max_model_len` is lowered to what it holds:
-    longer requests are served, and go on without drafts.
+    longer requests are served, and continue without drafts.
 
     Args:
         memory_bytes: for all of it.
@@ -93,7 +93,7 @@ def plan_kv_cache(config: VllmConfig, memory_bytes: int) -> KVCacheConfig:
     length = usable_blocks * config.cache_config.block_size
     if length < config.model_config.max_model_len:
         logger.warning(
-            "ssd_draft_memory holds the KV of %d tokens: longer requests go on without drafts", length
+            "ssd_draft_memory holds the KV of %d tokens: longer requests continue without drafts", length
         )
         config.model_config.max_model_len = length
     resolve_kv_cache_layout(config, [supported_kv_cache_layouts(config)], specs.values())

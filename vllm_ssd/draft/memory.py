@@ -109,7 +109,7 @@ class BlockPolicy:
     def _note_shortage(self, request: DraftRequest) -> None:
         if not self._counters["starved"]:
             logger.warning(
-                "no KV blocks left for a request of %d tokens, which goes on with fewer drafts or none: "
+                "no KV blocks left for a request of %d tokens, which continues with fewer drafts or none: "
                 "raise ssd_draft_memory (said once)",
                 len(request.tokens),
             )

@@ -64,7 +64,7 @@ class OutcomeStatistics:
         rank: int | None,
         log_probs: FloatArray = NOTHING_KNOWN,
     ) -> None:
-        """Take in one round.
+        """Receive one round.
 
         Args:
             num_accepted: k.
@@ -101,7 +101,7 @@ class OutcomeStatistics:
         falling = -np.sort(-counts[:-1])  # branches are opened in the order of ranks
         return np.log(falling / counts.sum())[np.clip(ranks, 0, len(falling) - 1)]
 
-    def log_law(self, num_candidates: int) -> FloatArray:
+    def log_distribution(self, num_candidates: int) -> FloatArray:
         """[num_candidates] log-probability of what comes next, where nothing is known of the place itself."""
         others = self.log_shares(np.arange(num_candidates - 1))
         return np.concatenate([[np.log(self.acceptance)], np.log1p(-self.acceptance) + others])
@@ -136,7 +136,7 @@ class Measured:
         self._kinds: dict[tuple[bool, float], OutcomeStatistics] = {}
 
     def of(self, verifies_branch: bool, temperature: float) -> OutcomeStatistics:
-        """Those of rounds that verify a branch's drafts, or a fallback's, near this temperature."""
+        """Those of rounds that verify a branch's drafts, or a backup's, near this temperature."""
         kind = (verifies_branch, round(temperature, 1))
         if kind not in self._kinds:
             self._kinds[kind] = OutcomeStatistics(self._num_ranks)
@@ -168,7 +168,7 @@ def outcome_log_probs(
         log_probs, is_draft: see `draft_log_probs`.
         statistics: of rounds like this one.
         is_greedy: whether the target is.
-        last_is_drawn: whether what follows the last length is drawn anew, by a law like the draft's.
+        last_is_drawn: whether what follows the last length is drawn anew, by a distribution like the draft's.
 
     Returns:
         [n, num_candidates] log-probability that the first k drafts are accepted and this token comes next;

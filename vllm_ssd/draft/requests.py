@@ -41,20 +41,19 @@ class Awaited:
 class Adopted:
     """A branch came true."""
 
-    laws: list[Float32Array]  # [V] each: what its drafts were drawn from; none where they were not drawn
+    distributions: list[
+        Float32Array
+    ]  # [V] each: what its drafts were drawn from; none where they were not drawn
 
 
 class DraftRequest:
     """One request of the target.
 
     Args:
-        slot, epoch: its identity, see `vllm_ssd.link.outcome_cache`.
-        tokens: its tokens so far.
-        pool: where its KV blocks come from.
-        num_speculative_tokens: K.
-        max_model_len: the draft's; a request beyond it gets no branches.
-        sampling: how the target samples it.
-        is_drawn: its drafts are drawn from the draft's law, and not foretold (see `vllm_ssd.verify.ratio`).
+        slot, epoch: its identity, see `vllm_ssd.link.outcome_cache`. tokens: its tokens so far. pool: where
+        its KV blocks come from. num_speculative_tokens: K. max_model_len: the draft's; a request beyond it
+        gets no branches. sampling: how the target samples it. is_drawn: its drafts are drawn from the draft's
+        distribution, and not predicted (see `vllm_ssd.verify.ratio`).
     """
 
     def __init__(
@@ -148,8 +147,8 @@ class DraftRequest:
             self._pool.remember(self.tokens[: self.num_confirmed], self.blocks)
             self._remembered = True
 
-    def settle(self, outcome: RoundOutcome) -> Adopted | None:
-        """Take in the target's decision of this round; None if it had no branch."""
+    def apply_outcome(self, outcome: RoundOutcome) -> Adopted | None:
+        """Receive the target's decision of this round; None if it had no branch."""
         adopted = self._adopt(outcome)
         if adopted is None:
             self._rewind(outcome)
@@ -242,7 +241,7 @@ class DraftRequest:
         }
         if last >= self.num_sent:
             return outcomes, np.empty(0)
-        return outcomes, reached[last] + statistics.log_law(known.tokens.shape[1])
+        return outcomes, reached[last] + statistics.log_distribution(known.tokens.shape[1])
 
     def _known(self, n: int) -> Candidates:
         """[n, num_candidates], after the first n accepted lengths."""
@@ -271,7 +270,7 @@ class DraftRequest:
         """Fork as many branches as there are blocks for.
 
         Args:
-            branches: for each accepted length in `outcomes`, the tokens to go on with, likeliest first.
+            branches: for each accepted length in `outcomes`, the tokens to continue with, likeliest first.
             most_blocks: that they may take, at most what the pool has.
             copies: gets the partial blocks to copy.
 
@@ -363,7 +362,7 @@ class DraftRequest:
             known = group.chains[branch, 1 : 1 + min(num_drafts, group.steps)].tolist()
             if known == outcome.drafts:
                 self._become(group, branch, outcome)
-                return Adopted(group.laws(branch, num_drafts) if self.is_drawn else [])
+                return Adopted(group.distributions(branch, num_drafts) if self.is_drawn else [])
         return None
 
     def _become(self, group: BranchGroup, branch: int, outcome: RoundOutcome) -> None:

@@ -52,7 +52,7 @@ class Predictions(Protocol):
         """[L] the next draft at each position."""
 
     @property
-    def laws(self) -> Float32Array | None:
+    def distributions(self) -> Float32Array | None:
         """[L, V] what the drafts were drawn from; None where they are the likeliest tokens."""
 
 

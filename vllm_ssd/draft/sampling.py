@@ -1,4 +1,4 @@
-"""How drafts are chosen from logits: the likeliest, with the noise that is shared, or drawn from a law."""
+"""How drafts are chosen from logits: the likeliest, with the noise that is shared, or a sample."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Chosen:
 
     logits: Tensor  # [L, V], what further candidates are ranked by
     drafts: Tensor  # [L]
-    laws: Float32Array | None = None  # [L, V], what the drafts were drawn from
+    distributions: Float32Array | None = None  # [L, V], what the drafts were drawn from
 
 
 class DraftSampler:
@@ -44,7 +44,7 @@ class DraftSampler:
     Args:
         vocab_size: V.
         device: of the logits.
-        is_coupled: whether drafts are the target's own draws, foreseen with its noise; else they are drawn.
+        is_coupled: whether drafts are the target's own draws, predicted with its noise; else they are drawn.
         saguaro_c, saguaro_tokens: see `saguaro`, of drafts that are drawn.
     """
 
@@ -95,12 +95,14 @@ class DraftSampler:
         if self._is_coupled:
             logits = self._perturbed(logits, rows, positions)
             return Chosen(logits, logits.argmax(dim=-1))
-        laws = restricted.softmax(dim=-1)
+        distributions = restricted.softmax(dim=-1)
         if self._saguaro_c < 1:
-            reshaped = saguaro(laws, self._saguaro_tokens, self._saguaro_c)
-            laws = reshaped if rows.is_greedy is None else torch.where(rows.is_greedy, laws, reshaped)
-        drafts = self._perturbed(laws.log(), rows, positions).argmax(dim=-1)
-        return Chosen(logits, drafts, laws.cpu().numpy())
+            reshaped = saguaro(distributions, self._saguaro_tokens, self._saguaro_c)
+            distributions = (
+                reshaped if rows.is_greedy is None else torch.where(rows.is_greedy, distributions, reshaped)
+            )
+        drafts = self._perturbed(distributions.log(), rows, positions).argmax(dim=-1)
+        return Chosen(logits, drafts, distributions.cpu().numpy())
 
     def _perturbed(self, logits: Tensor, rows: SampledRows, positions: Tensor) -> Tensor:
         """[L, V] with the keyed noise added where rows are sampled."""
@@ -120,20 +122,20 @@ class DraftSampler:
         return torch.from_numpy(array).to(self._device)
 
 
-def saguaro(laws: Tensor, num_tokens: int, weight: float) -> Tensor:
-    """Saguaro sampling (arXiv 2603.03251, definition 14): less of the likeliest tokens in each law.
+def saguaro(distributions: Tensor, num_tokens: int, weight: float) -> Tensor:
+    """Saguaro sampling (arXiv 2603.03251, definition 14): less of the likeliest tokens in each distribution.
 
     What the draft draws less often than the target is what the recovery token is drawn from; so recovery
     tokens fall on the likeliest tokens, which have branches. Acceptance falls in turn.
 
     Args:
-        laws: [L, V].
-        num_tokens: F, how many tokens of each law count as likeliest.
+        distributions: [L, V].
+        num_tokens: F, how many tokens of each distribution count as likeliest.
         weight: C in (0, 1], what their probability is multiplied by.
 
     Returns:
         [L, V], renormalised.
     """
-    top = laws.topk(min(num_tokens, laws.shape[-1]), dim=-1)
-    laws = laws.scatter(-1, top.indices, top.values * weight)
-    return laws / laws.sum(dim=-1, keepdim=True)
+    top = distributions.topk(min(num_tokens, distributions.shape[-1]), dim=-1)
+    distributions = distributions.scatter(-1, top.indices, top.values * weight)
+    return distributions / distributions.sum(dim=-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The draft's loop: take in outcomes, adopt, fork, run one step, publish; between steps look for news.
+"""The draft's loop: receive outcomes, adopt, fork, run one step, publish; between steps look for news.
 
 A step is one forward over everything there is to do: trunk tokens that have no KV yet (prompts, in chunks;
 recovery tokens after a miss; the tip of an adopted branch) and one row per branch. When all branches have
@@ -28,7 +28,7 @@ from vllm_ssd.draft.rows import Engine, Place, Predictions
 from vllm_ssd.draft.speculation import choose_branches
 from vllm_ssd.failures import Failures
 from vllm_ssd.link.counters import Counters
-from vllm_ssd.link.draft_probs import DraftLaws
+from vllm_ssd.link.draft_probs import DraftProbs
 from vllm_ssd.link.messages import (
     Configure,
     Missed,
@@ -74,7 +74,7 @@ class DraftServer:
         channel: messages from the target.
         cache: the outcome cache to publish in.
         counters: the draft's counters (`vllm_ssd.link.counters.DRAFT_FIELDS`).
-        laws: where to leave what drafts were drawn from; None where verification is coupled.
+        distributions: where to leave what drafts were drawn from; None where verification is coupled.
     """
 
     def __init__(
@@ -84,14 +84,14 @@ class DraftServer:
         channel: Channel,
         cache: BranchTable,
         counters: Counters,
-        laws: DraftLaws | None = None,
+        distributions: DraftProbs | None = None,
     ) -> None:
         self._configure = configure
         self._engine = engine
         self._channel = channel
         self._cache = cache
         self._counters = counters
-        self._laws = laws
+        self._distributions = distributions
         self._pool = BlockPool(engine.num_blocks, engine.block_size)
         self._requests: dict[int, DraftRequest] = {}  # by slot
         self._num_drafts = configure.num_speculative_tokens
@@ -103,7 +103,7 @@ class DraftServer:
         self._observer = StepObserver(counters, self._num_drafts)
         self._advancing: list[BranchGroup] = []  # what the last step was made of, if of nothing else
         self._at_work: Iterable[DraftRequest] = ()  # whom the code that runs just now is about
-        self._failures = Failures(logger, "a step of the draft failed; its requests go on without drafts")
+        self._failures = Failures(logger, "a step of the draft failed; its requests continue without drafts")
 
     def run(self) -> None:
         """Serve until the target hangs up."""
@@ -111,13 +111,13 @@ class DraftServer:
         while True:
             is_quiet = time.monotonic() - last_busy > SPIN_SECONDS
             try:
-                self._take_in_messages(IDLE_POLL_MS if is_quiet else 0)
+                self._receive_messages(IDLE_POLL_MS if is_quiet else 0)
             except EOFError:
                 return
             if self.step():
                 last_busy = time.monotonic()
 
-    def _take_in_messages(self, timeout_ms: int) -> None:
+    def _receive_messages(self, timeout_ms: int) -> None:
         message = self._channel.receive(timeout_ms)
         while message is not None:
             self._counters.add("messages")
@@ -131,7 +131,7 @@ class DraftServer:
         elif isinstance(message, Outcomes):
             self._depth, self._budget = message.num_drafts, message.branch_budget
             for outcome in message.rows:
-                self._contain(self._settle, outcome)
+                self._contain(self._apply_outcome, outcome)
         elif isinstance(message, Missed):
             for missed in message.rows:
                 self._contain(self._await_drafts, missed)
@@ -212,7 +212,7 @@ class DraftServer:
             self._num_drafts,
             self._engine.max_model_len,
             message.sampling,
-            is_drawn=self._laws is not None and message.sampling.temperature > 0,
+            is_drawn=self._distributions is not None and message.sampling.temperature > 0,
         )
 
     def _stop(self, slot: int) -> None:
@@ -242,7 +242,7 @@ class DraftServer:
         """Whether drafts that the target waits for can come soon: not while a prompt is to be computed."""
         return not self._blocks.waits(request) and request.num_uncomputed <= self._num_drafts + 1
 
-    def _settle(self, outcome: RoundOutcome) -> None:
+    def _apply_outcome(self, outcome: RoundOutcome) -> None:
         request = self._asked_about(outcome)
         if request is None:
             return
@@ -251,11 +251,11 @@ class DraftServer:
             rank, confidences = request.rank(k, token), request.confidences(k)
             num_verified = min(outcome.num_verified, request.num_sent)
             self._statistics(request).add(k, num_verified, rank, confidences)
-        adopted = request.settle(outcome)
+        adopted = request.apply_outcome(outcome)
         if adopted is not None:
             self._counters.add("adopted")
-            if adopted.laws and self._laws is not None:
-                self._laws.publish(request.slot, request.epoch, request.round, adopted.laws)
+            if adopted.distributions and self._distributions is not None:
+                self._distributions.publish(request.slot, request.epoch, request.round, adopted.distributions)
         self._blocks.blocks_came_free()
 
     def _asked_about(self, row: MissedRow | RoundOutcome) -> DraftRequest | None:

@@ -28,16 +28,16 @@ def target_fields(num_speculative_tokens: int) -> tuple[str, ...]:
     return (
         "rounds",  # steps of the target, those that only prefill too
         "lookups",  # rows looked up in the outcome cache
-        "hits",  # ... that were foreseen and had drafts
-        "late",  # ... that were foreseen but had no draft token yet
+        "hits",  # ... that were predicted and had drafts
+        "late",  # ... that were predicted but had no draft token yet
         "undrafted",  # rows that wanted drafts of a draft that was not there, or did not know the request
         "too_long",  # rows of requests longer than the draft's context
         "failures",  # exceptions of SSD's own, see `vllm_ssd.target.guard`
         "drafts_served",  # draft tokens from the outcome cache
-        "fallback_none",
-        "fallback_ngram",
-        "fallback_draft",
-        "laws_late",  # rows whose drafts were verified as point masses: their laws did not come in time
+        "backup_none",
+        "backup_ngram",
+        "backup_draft",
+        "draft_probs_late",  # rows whose drafts were verified as point masses: q did not come in time
         "wait_ns",  # time the target waited for the draft in rounds
         "critical_path_ns",  # time the target spent on SSD in rounds, waiting included
         "draft_restarts",

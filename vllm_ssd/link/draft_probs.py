@@ -1,10 +1,10 @@
-"""The laws that served drafts were drawn from, in memory that both halves map: [slots, K, vocabulary] of q.
+"""The distributions that served drafts were drawn from, in memory that both halves map: q, [slots, K, V].
 
 Only ratio verification needs them. The draft writes those of the branch that an outcome adopted, after the
 message that tells it so and while the target verifies; the target reads them when it samples. An entry is
-keyed by epoch and round as the outcome cache is, and needs no lock for the same reason. But a law that is
-read too early would be a wrong one; so `config` takes ratio verification on x86 only, where stores stay in
-order.
+keyed by epoch and round as the outcome cache is, and needs no lock for the same reason. But a distribution
+that is read too early would be a wrong one; so `config` takes ratio verification on x86 only, where stores
+stay in order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Float32Array = npt.NDArray[np.float32]
 EPOCH, ROUND, DEPTH = range(3)
 
 
-class DraftLaws:
+class DraftProbs:
     """Both halves' view of the table.
 
     Args:
@@ -41,35 +41,35 @@ class DraftLaws:
         vocab_size: int,
         descriptor: int | None = None,
     ) -> None:
-        keys, laws = (max_slots, 3), (max_slots, num_speculative_tokens, vocab_size)
+        keys, distributions = (max_slots, 3), (max_slots, num_speculative_tokens, vocab_size)
         key_bytes = 8 * math.prod(keys)
         try:
-            self._memory = SharedMemory(key_bytes + 4 * math.prod(laws), descriptor)
+            self._memory = SharedMemory(key_bytes + 4 * math.prod(distributions), descriptor)
         except OSError as error:
             raise OSError(
-                f"{error}; it is for the draft's laws (max_num_seqs x num_speculative_tokens x vocabulary): "
+                f"{error}; it is for the drafts' q (max_num_seqs x num_speculative_tokens x vocabulary): "
                 "lower max_num_seqs, or use ssd_verify='coupled', which needs none"
             ) from error
         self._keys = self._memory.array(np.int64, keys)
-        self._laws = self._memory.array(np.float32, laws, key_bytes)
+        self._distributions = self._memory.array(np.float32, distributions, key_bytes)
 
     @property
     def descriptor(self) -> int:
         """By which the draft's process maps it."""
         return self._memory.descriptor
 
-    def publish(self, slot: int, epoch: int, round_: int, laws: list[Float32Array]) -> None:
-        """Write the laws of the drafts that are verified in `round_`, one of [V] each."""
+    def publish(self, slot: int, epoch: int, round_: int, distributions: list[Float32Array]) -> None:
+        """Write the distributions of the drafts that are verified in `round_`, one of [V] each."""
         key = self._keys[slot]
         key[DEPTH] = 0  # nothing matches while the rest changes
         key[EPOCH], key[ROUND] = epoch, round_
-        for depth, law in enumerate(laws):
-            self._laws[slot, depth] = law
-        key[DEPTH] = len(laws)
+        for depth, distribution in enumerate(distributions):
+            self._distributions[slot, depth] = distribution
+        key[DEPTH] = len(distributions)
 
     def read(self, slot: int, epoch: int, round_: int, num_drafts: int) -> Float32Array | None:
         """[at least num_drafts, V], not a copy; None as long as it is not there."""
         key = self._keys[slot].tolist()
         if key[EPOCH] != epoch or key[ROUND] != round_ or key[DEPTH] < num_drafts:
             return None
-        return self._laws[slot, : key[DEPTH]]
+        return self._distributions[slot, : key[DEPTH]]

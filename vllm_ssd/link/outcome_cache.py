@@ -84,7 +84,7 @@ class OutcomeCache:
     def look_up(self, outcomes: list[Outcome]) -> list[list[int] | None]:
         """For each outcome the drafts that continue it, to the depth reached; None where it has no entry.
 
-        An empty list means that the draft foresaw the outcome but had no token for it yet.
+        An empty list means that the draft predicted the outcome but had no token for it yet.
         """
         results: list[list[int] | None] = []
         for entry in self._entries_of(outcomes):

@@ -29,7 +29,7 @@ class Costs:
     def __init__(self) -> None:
         self.tokens_per_round = RunningMean(1.0)  # of the whole batch
         self.seconds_per_round = RunningMean(0.01)
-        self.ngram_accepted = RunningMean(1.0)  # drafts of a row that fell back on n-grams
+        self.ngram_accepted = RunningMean(1.0)  # drafts of a row that got n-grams
         self.acceptance = RunningMean(0.7)  # of the draft model's tokens, each
         self._last_round = time.perf_counter()
 

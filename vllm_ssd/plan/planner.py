@@ -1,9 +1,9 @@
 """Chooses how many drafts and branches pay, for each batch size, from measured costs (pure).
 
 The times of a step by what it computes are measured once, at the start; what a whole round takes beyond that,
-how often drafts are accepted and how often outcomes are foreseen are measured as rounds go by. Every so often
-the speed model compares all choices within the user's bounds, and for a batch size at which nothing pays
-speculation stops, to be tried again later.
+how often drafts are accepted and how often outcomes are predicted are measured as rounds go by. Every so
+often the speed model compares all choices within the user's bounds, and for a batch size at which nothing
+pays speculation stops, to be tried again later.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Bucket:
     base: RunningMean  # seconds of a round, less what its tokens cost
     rounds: int = 0
     idle_periods: int = 0
-    foreseen: RunningMean = field(default_factory=lambda: RunningMean(0.8))  # rows that verified drafts
+    predicted: RunningMean = field(default_factory=lambda: RunningMean(0.8))  # rows that verified drafts
 
 
 class RoundPlanner(Protocol):
@@ -47,7 +47,7 @@ class RoundPlanner(Protocol):
         """For the next round of so many rows."""
         ...
 
-    def add_row(self, batch: int, had_drafts: bool, is_foreseen: bool) -> None:
+    def add_row(self, batch: int, had_drafts: bool, is_predicted: bool) -> None:
         """A row's outcome was looked up, after a round that verified drafts of it or none."""
         ...
 
@@ -65,7 +65,7 @@ class FixedPlan:
     def plan(self, batch: int) -> Plan:
         return self._plan
 
-    def add_row(self, batch: int, had_drafts: bool, is_foreseen: bool) -> None:
+    def add_row(self, batch: int, had_drafts: bool, is_predicted: bool) -> None:
         pass
 
     def add_round(self, batch: int, num_tokens: int, seconds: float) -> None:
@@ -103,9 +103,9 @@ class Planner:
     def plan(self, batch: int) -> Plan:
         return self._bucket(batch).plan
 
-    def add_row(self, batch: int, had_drafts: bool, is_foreseen: bool) -> None:
+    def add_row(self, batch: int, had_drafts: bool, is_predicted: bool) -> None:
         if had_drafts:
-            self._bucket(batch).foreseen.add(float(is_foreseen))
+            self._bucket(batch).predicted.add(float(is_predicted))
 
     def add_round(self, batch: int, num_tokens: int, seconds: float) -> None:
         bucket = self._bucket(batch)
@@ -150,9 +150,9 @@ class Planner:
         return speeds
 
     def _pair(self, bucket: Bucket, branches: int) -> PairStatistics:
-        """The level of misses is such that the model foresees what was foreseen under the present plan."""
+        """The level of misses is such that the model predicts what was predicted under the present plan."""
         acceptance = min(max(self._costs.acceptance.value, 0.01), 0.99)
         certain = PairStatistics(acceptance, 1.0, EXPONENT)
         misses = 1 - hit_rate(certain, bucket.plan.num_drafts, branches)
-        level = (1 - bucket.foreseen.value) / max(misses, 1e-6)
+        level = (1 - bucket.predicted.value) / max(misses, 1e-6)
         return PairStatistics(acceptance, min(max(level, 1e-3), 1.0), EXPONENT)

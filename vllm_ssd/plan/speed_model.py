@@ -1,6 +1,6 @@
 """How fast decoding will be for given costs: plain, with a draft model in turn (SD), and with SSD (pure).
 
-The paper's theory (arXiv 2603.03251, theorem 7) with what we build instead of a whole-batch fallback: a
+The paper's theory (arXiv 2603.03251, theorem 7) with what we build instead of a whole-batch backup: a
 missed row verifies nothing and costs its own tokens only, and drafts are served to the depth that was
 reached. So a row is either in a round that verifies a branch or in one that verifies nothing, and goes from
 one to the other with the hit rates of the two.
@@ -40,7 +40,7 @@ class StepTimes:
 
 @dataclass(frozen=True)
 class PairStatistics:
-    """How well a draft foretells its target."""
+    """How well a draft predicts its target."""
 
     acceptance: float  # a: of a draft token, given that those before it were accepted
     miss: float  # of outcomes, with one branch for each accepted length

@@ -26,7 +26,7 @@ PATIENCE = 4  # times as long as the draft's steps take on average
 MOST_PATIENCE_S = 0.25
 SILENCE_S = 1.0  # in which nobody is asked for after a wait in vain; twice as long after each further one
 MOST_SILENCE_S = 60.0
-TRY_OTHER_EVERY = 32  # misses, after which `auto` tries what it did not choose, to go on measuring it
+TRY_OTHER_EVERY = 32  # misses, after which `auto` tries what it did not choose, to continue measuring it
 
 Matcher = Callable[[npt.NDArray[np.int32], int, int, int, int], list[int]]
 
@@ -44,7 +44,7 @@ class Backup(Protocol):
     """Drafts for the missed rows of one step."""
 
     def propose(self, missed: Sequence[MissedOutcome], num_drafts: int, draft: DraftLink) -> list[Drafts]:
-        """At most so many drafts for each row; a row for which there are none goes on without."""
+        """At most so many drafts for each row; a row for which there are none continues without."""
         ...
 
 

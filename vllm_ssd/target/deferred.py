@@ -99,7 +99,7 @@ class DeferredRounds:
         self._thread.start()
 
     def close(self) -> None:
-        """Take in what is under way and end the thread, which else keeps the model runner in memory."""
+        """Receive what is under way and end the thread, which else keeps the model runner in memory."""
         if not self._closed:
             self._closed = True
             self._todo.put(None)
@@ -227,7 +227,7 @@ class DeferredRounds:
             from vllm.v1.kv_offload.cpu.host_register import host_register  # clears CUDA's error if it fails
 
             if not host_register(entries.data_ptr(), entries.numel() * entries.element_size()):
-                logger.error("SSD: the GPU cannot read the outcome cache; decoding goes on without drafts")
+                logger.error("SSD: the GPU cannot read the outcome cache; decoding continues without drafts")
                 return None
         return entries
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Protocol
 
-from vllm_ssd.link.draft_probs import DraftLaws
+from vllm_ssd.link.draft_probs import DraftProbs
 from vllm_ssd.link.messages import ToDraft
 from vllm_ssd.link.outcome_cache import OutcomeCache
 
@@ -31,7 +31,7 @@ class DraftLink(Protocol):
         ...
 
     @property
-    def laws(self) -> DraftLaws | None:
+    def distributions(self) -> DraftProbs | None:
         """What served drafts were drawn from, while the draft is ready and draws any."""
         ...
 

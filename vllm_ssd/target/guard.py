@@ -18,7 +18,7 @@ from vllm_ssd.plan.planner import Plan
 from vllm_ssd.target.live import LiveRequest
 from vllm_ssd.target.proposer import LookedUp, Proposer
 from vllm_ssd.target.served_probs import ServedProbs
-from vllm_ssd.verify.ratio import DraftLaw, PointMass
+from vllm_ssd.verify.ratio import DraftDistribution, PointMass
 
 logger = logging.getLogger("vllm.ssd")
 
@@ -36,7 +36,7 @@ class Guard:
         self.proposer = proposer
         self._probs = probs
         self._counters = counters
-        self._failures = Failures(logger, "a round failed; its requests go on without drafts for now")
+        self._failures = Failures(logger, "a round failed; its requests continue without drafts for now")
         self._is_suspicious = False  # the last round failed, and one of its rows may be why
 
     @property
@@ -118,7 +118,7 @@ class Guard:
         """See `Proposer.keys`."""
         return self.proposer.keys()
 
-    def laws(self, request_ids: Sequence[str], num_drafts: Sequence[int]) -> list[DraftLaw]:
+    def distributions(self, request_ids: Sequence[str], num_drafts: Sequence[int]) -> list[DraftDistribution]:
         """What the drafts were drawn from; see `ServedProbs.read`. A point mass is exact for any draft."""
         try:
             return self._probs.read([self.proposer.live(name) for name in request_ids], num_drafts)

@@ -55,14 +55,14 @@ class RoundObserver:
         """Time that the target waited for the draft."""
         self._counters.add("wait_ns", nanoseconds)
 
-    def add_late_laws(self) -> None:
+    def add_late_probs(self) -> None:
         """A row whose drafts are verified as point masses: what they were drawn from did not come in time."""
-        self._counters.add("laws_late")
+        self._counters.add("draft_probs_late")
 
     def _count(self, rows: Sequence[Row], found: Found, planner: RoundPlanner) -> None:
         for row, served in zip(rows, found or [None] * len(rows), strict=True):
             if not served:
-                self._counters.add(f"fallback_{row.request.drafts.kind}")
+                self._counters.add(f"backup_{row.request.drafts.kind}")
             if found is None:
                 self._counters.add("undrafted")
                 continue

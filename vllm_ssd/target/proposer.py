@@ -178,7 +178,7 @@ class Proposer:
         self.generation += 1
 
     def exclude(self, request_ids: Sequence[str]) -> None:
-        """These requests go on without drafts for good."""
+        """These requests continue without drafts for good."""
         self.abandon(request_ids)
         for request_id in request_ids:
             if (request := self._live.get(request_id)) is not None:

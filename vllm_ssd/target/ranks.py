@@ -1,7 +1,7 @@
 """A target on several devices: one of its ranks leads, the others verify what it found.
 
-All ranks of a tensor parallel group sample, so all need the same drafts and the same laws. What the draft has
-published changes by the microsecond; so only the leader looks, and the others hear of it.
+All ranks of a tensor parallel group sample, so all need the same drafts and the same distributions. What the
+draft has published changes by the microsecond; so only the leader looks, and the others hear of it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vllm.distributed import get_tp_group
 
 from vllm_ssd.link.messages import Sampling
 from vllm_ssd.link.outcome_cache import NOT_INTRODUCED
-from vllm_ssd.verify.ratio import DraftLaw, PointMass
+from vllm_ssd.verify.ratio import DraftDistribution, PointMass
 
 
 def leading_rank(parallel: ParallelConfig) -> int:
@@ -55,7 +55,7 @@ class Follower:
         """No drafts of its own."""
         return []
 
-    def laws(self, request_ids: Sequence[str], num_drafts: Sequence[int]) -> list[DraftLaw]:
+    def distributions(self, request_ids: Sequence[str], num_drafts: Sequence[int]) -> list[DraftDistribution]:
         """None of its own."""
         return [PointMass() for _ in request_ids]
 
@@ -70,19 +70,24 @@ def shared_drafts(drafts: Tensor, num_drafts: Tensor) -> tuple[Tensor, Tensor]:
     return both[:, :-1], both[:, -1].to(num_drafts.dtype)
 
 
-def shared_laws(laws: list[DraftLaw]) -> list[DraftLaw]:
-    """The leader's laws on all ranks: [n, V] each, or a point mass."""
+def shared_distributions(distributions: list[DraftDistribution]) -> list[DraftDistribution]:
+    """The leader's distributions on all ranks: [n, V] each, or a point mass."""
     group = get_tp_group()
     if group.world_size == 1:
-        return laws
+        return distributions
     # Which they are is small and pickled; they themselves are megabytes.
-    shapes = group.broadcast_object([None if isinstance(law, PointMass) else law.shape for law in laws])
-    shared: list[DraftLaw] = []
-    for law, shape in zip(laws, shapes, strict=True):
+    shapes = group.broadcast_object(
+        [
+            None if isinstance(distribution, PointMass) else distribution.shape
+            for distribution in distributions
+        ]
+    )
+    shared: list[DraftDistribution] = []
+    for distribution, shape in zip(distributions, shapes, strict=True):
         if shape is None:
             shared.append(PointMass())
             continue
-        own = torch.empty(shape) if isinstance(law, PointMass) else torch.tensor(law)
+        own = torch.empty(shape) if isinstance(distribution, PointMass) else torch.tensor(distribution)
         shared.append(group.broadcast(own).numpy())
     return shared
 

@@ -21,10 +21,10 @@ from vllm_ssd.link.counters import Counters
 from vllm_ssd.link.messages import Sampling
 from vllm_ssd.target.draft_link import DraftLink
 from vllm_ssd.target.guard import Guard
-from vllm_ssd.target.ranks import Follower, shared_laws
+from vllm_ssd.target.ranks import Follower, shared_distributions
 from vllm_ssd.verify import coupled, ratio
 from vllm_ssd.verify.noise import gumbel, wrapped_to_int64
-from vllm_ssd.verify.ratio import DraftLaw, PointMass
+from vllm_ssd.verify.ratio import DraftDistribution, PointMass
 from vllm_ssd.verify.verification import Places, draw
 
 
@@ -120,7 +120,7 @@ class SSDModelRunner(CPUModelRunner):
         if self._is_coupled:
             verify = partial(coupled.verify, places)
         else:
-            verify = partial(ratio.verify, places, self._laws(places.num_drafts.tolist()))
+            verify = partial(ratio.verify, places, self._distributions(places.num_drafts.tolist()))
         with compat.sampling_replaced(self.sampler, partial(draw, places), verify):
             return self._apply_sampler(logits, spec_decode_metadata)
 
@@ -144,14 +144,14 @@ class SSDModelRunner(CPUModelRunner):
         finally:
             self.input_batch.generators = generators
 
-    def _laws(self, num_drafts: list[int]) -> list[DraftLaw]:
+    def _distributions(self, num_drafts: list[int]) -> list[DraftDistribution]:
         """What each row's drafts were drawn from."""
         request_ids = self.input_batch.req_ids
-        laws = shared_laws(self.proposer.laws(request_ids, num_drafts))
+        distributions = shared_distributions(self.proposer.distributions(request_ids, num_drafts))
         # A grammar drops drafts that it forbids, so that which drafts are verified depends on what was drawn.
         return [
-            PointMass() if self._has_grammar(request_id) else law
-            for request_id, law in zip(request_ids, laws, strict=True)
+            PointMass() if self._has_grammar(request_id) else distribution
+            for request_id, distribution in zip(request_ids, distributions, strict=True)
         ]
 
     def _has_grammar(self, request_id: str) -> bool:

@@ -32,7 +32,7 @@ from vllm_ssd.target.guard import Guard
 from vllm_ssd.target.histories import Histories
 from vllm_ssd.target.ranks import Follower, share_rows, shared_drafts
 from vllm_ssd.verify.coupled import longest_agreement
-from vllm_ssd.verify.ratio import PointMass, law_as_logits
+from vllm_ssd.verify.ratio import PointMass, distribution_as_logits
 
 
 class SSDSpeculator(BaseSpeculator):
@@ -158,7 +158,7 @@ class SSDSpeculator(BaseSpeculator):
         drafts, self.num_drafts[slots] = shared_drafts(drafts, num_drafts)
         return drafts
 
-    def load_laws(self, input_batch: InputBatch, temperatures: Any) -> None:
+    def load_distributions(self, input_batch: InputBatch, temperatures: Any) -> None:
         """Put what the drafts of this step were drawn from where vLLM's rejection sampler looks for it.
 
         Args:
@@ -166,15 +166,19 @@ class SSDSpeculator(BaseSpeculator):
         """
         assert self.draft_logits is not None
         drafts = [self.proposer.verified(request_id) for request_id in input_batch.req_ids]
-        laws = self.proposer.laws(input_batch.req_ids, [len(row) for row in drafts])
-        rows = zip(input_batch.req_ids, input_batch.idx_mapping_np.tolist(), drafts, laws, strict=True)
-        for request_id, slot, tokens, law in rows:
+        distributions = self.proposer.distributions(input_batch.req_ids, [len(row) for row in drafts])
+        rows = zip(
+            input_batch.req_ids, input_batch.idx_mapping_np.tolist(), drafts, distributions, strict=True
+        )
+        for request_id, slot, tokens, distribution in rows:
             if not tokens or not temperatures[slot]:
                 continue
             if request_id in self._with_grammar:
                 # It drops drafts that it forbids, so that which are verified depends on what was drawn.
-                law = PointMass()
-            logits = law_as_logits(law, tokens, float(temperatures[slot]), self.draft_logits.shape[-1])
+                distribution = PointMass()
+            logits = distribution_as_logits(
+                distribution, tokens, float(temperatures[slot]), self.draft_logits.shape[-1]
+            )
             self.draft_logits[slot, : len(tokens)] = async_tensor_h2d(logits, device=self._device)
         slots = input_batch.idx_mapping_np
         share_rows(self.draft_logits, slots[temperatures[slots] > 0])
@@ -209,7 +213,7 @@ def runs_ahead(vllm_config: VllmConfig) -> bool:
     """Whether the next step begins before the host knows the outcome of this one."""
     ssd = vllm_config.speculative_config
     # What else there is to do for a row than looking its outcome up needs the host to know the outcome.
-    needs_outcome = ssd.ssd_verify == "ratio" or ssd.ssd_fallback != "none" or ssd.ssd_wait_ms > 0
+    needs_outcome = ssd.ssd_verify == "ratio" or ssd.ssd_backup != "none" or ssd.ssd_wait_ms > 0
     return bool(vllm_config.scheduler_config.async_scheduling) and not needs_outcome
 
 
@@ -347,10 +351,10 @@ class SSDModelRunnerV2(GPUModelRunner):
     def sample(
         self, hidden_states: Tensor, input_batch: InputBatch, grammar_output: GrammarOutput | None
     ) -> tuple[SamplerOutput, Tensor, Tensor]:
-        """Sample and verify; for ratio verification the drafts' laws come first."""
+        """Sample and verify; for ratio verification the drafts' distributions come first."""
         assert self.speculator is not None
         if self.speculator.draft_logits is not None and input_batch.num_draft_tokens:
-            self.speculator.load_laws(input_batch, self.sampler.sampling_states.temperature.np)
+            self.speculator.load_distributions(input_batch, self.sampler.sampling_states.temperature.np)
         return super().sample(hidden_states, input_batch, grammar_output)
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:

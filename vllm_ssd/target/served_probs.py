@@ -11,7 +11,7 @@ from vllm_ssd.plan.costs import DRAFT, RunningMean
 from vllm_ssd.target.draft_link import DraftLink, poll_until
 from vllm_ssd.target.live import LiveRequest
 from vllm_ssd.target.observer import RoundObserver
-from vllm_ssd.verify.ratio import DraftLaw, PointMass
+from vllm_ssd.verify.ratio import DraftDistribution, PointMass
 
 DEADLINE_S = 0.01  # for a whole step; they are there before a verification ends, unless the draft is not
 MOST_LATE = 0.1  # share of rows; where more are late, waiting for them brings nothing
@@ -33,7 +33,9 @@ class ServedProbs:
         self._num_steps = 0
         self._late = RunningMean(0.0)
 
-    def read(self, requests: Sequence[LiveRequest | None], num_drafts: Sequence[int]) -> list[DraftLaw]:
+    def read(
+        self, requests: Sequence[LiveRequest | None], num_drafts: Sequence[int]
+    ) -> list[DraftDistribution]:
         """What each row's drafts were drawn from; a point mass where they were not, or where it is late.
 
         Args:
@@ -44,7 +46,7 @@ class ServedProbs:
         self._num_steps += 1
         are_late = self._num_steps > FIRST_STEPS and self._late.value > MOST_LATE
         waits = not are_late or self._num_steps % TRY_EVERY == 0
-        found: list[DraftLaw] = []
+        found: list[DraftDistribution] = []
         for request, count in zip(requests, num_drafts, strict=True):
             if request is None or not count or not _are_drawn(request):
                 found.append(PointMass())
@@ -54,7 +56,7 @@ class ServedProbs:
             if waits:
                 self._late.add(float(probs is None))
             if probs is None:
-                self._observer.add_late_laws()
+                self._observer.add_late_probs()
             found.append(PointMass() if probs is None else probs)
         self._observer.add_critical_path(time.perf_counter_ns() - began)
         return found
@@ -66,10 +68,10 @@ class ServedProbs:
 
         def is_there() -> bool:
             nonlocal probs
-            laws = self._link.laws
-            if laws is None:  # there is no draft any more
+            distributions = self._link.distributions
+            if distributions is None:  # there is no draft any more
                 return True
-            probs = laws.read(request.slot, request.epoch, request.round, num_drafts)
+            probs = distributions.read(request.slot, request.epoch, request.round, num_drafts)
             return probs is not None
 
         if not is_there():

@@ -28,7 +28,7 @@ from torch import Tensor
 from vllm.logger import init_logger
 
 from vllm_ssd.link.counters import DRAFT_FIELDS, Counters
-from vllm_ssd.link.draft_probs import DraftLaws
+from vllm_ssd.link.draft_probs import DraftProbs
 from vllm_ssd.link.messages import (
     Configure,
     Descriptors,
@@ -119,9 +119,9 @@ class DraftSupervisor:
         return self._cache if self._state is State.READY else None
 
     @property
-    def laws(self) -> DraftLaws | None:
+    def distributions(self) -> DraftProbs | None:
         """What drafts were drawn from, while the draft is ready and draws any."""
-        return self._laws if self._state is State.READY else None
+        return self._distributions if self._state is State.READY else None
 
     @property
     def step_seconds(self) -> float:
@@ -206,10 +206,10 @@ class DraftSupervisor:
         self._end_for_now(pause_s=0.0)
 
     def give_up(self, reason: str) -> None:
-        """End the draft until somebody asks for a restart; decoding goes on without it."""
+        """End the draft until somebody asks for a restart; decoding continues without it."""
         self._end()
         self._state = State.GONE
-        logger.error("SSD draft %s; decoding goes on without it, until ssd_restart is called", reason)
+        logger.error("SSD draft %s; decoding continues without it, until ssd_restart is called", reason)
 
     def close(self) -> None:
         """Stop the draft."""
@@ -225,9 +225,9 @@ class DraftSupervisor:
             self._configure.num_speculative_tokens,
             self._configure.vocab_size,
         )
-        laws = None if self._configure.is_coupled else self._make_laws()
+        distributions = None if self._configure.is_coupled else self._make_distributions()
         self._cache: OutcomeCache | None = cache
-        self._laws: DraftLaws | None = laws
+        self._distributions: DraftProbs | None = distributions
         in_gpu = self._allocate(cache.entries.shape) if self._allocate is not None else None
         self._gpu_entries, handle = in_gpu or (None, None)
         ours, drafts = socket.socketpair()
@@ -237,7 +237,7 @@ class DraftSupervisor:
                 socket=drafts.fileno(),
                 counters=self.draft_counters.descriptor,
                 outcome_cache=cache.descriptor,
-                draft_probs=None if laws is None else laws.descriptor,
+                draft_probs=None if distributions is None else distributions.descriptor,
             )
             self._process = DraftProcess(
                 msgspec.structs.replace(self._configure, inherited=inherited, gpu_table=handle)
@@ -248,8 +248,8 @@ class DraftSupervisor:
         self._num_sent: int = 0
         self._num_read = 0
 
-    def _make_laws(self) -> DraftLaws:
-        return DraftLaws(
+    def _make_distributions(self) -> DraftProbs:
+        return DraftProbs(
             self._configure.max_slots, self._configure.num_speculative_tokens, self._configure.vocab_size
         )
 
@@ -323,7 +323,7 @@ class DraftSupervisor:
         self._counters.add("draft_stalls")
         self._num_read = self.draft_counters["messages"]
         self._last_progress = time.monotonic()
-        logger.warning("SSD draft is stalled (%s); decoding goes on without it", reason)
+        logger.warning("SSD draft is stalled (%s); decoding continues without it", reason)
 
     def _restart(self, reason: str, is_final: bool = False) -> None:
         """End this process and start another one; none if it would fail as well."""
@@ -337,7 +337,7 @@ class DraftSupervisor:
         if self._num_deaths > 1:
             pause_s = min(RESTART_PAUSE_S * 2 ** (self._num_deaths - 2), LONGEST_PAUSE_S)
         logger.warning(
-            "SSD draft %s; starting it again%s, decoding goes on meanwhile",
+            "SSD draft %s; starting it again%s, decoding continues meanwhile",
             reason,
             f" in {pause_s:g} s" if pause_s else "",
         )
@@ -373,7 +373,9 @@ class DraftSupervisor:
         self._process.kill()
         self._channel.close()
         self._counters.set("draft_alive", 0)
-        self._cache = self._laws = self._gpu_entries = None  # memory that the next one's tables may need
+        self._cache = self._distributions = self._gpu_entries = (
+            None  # memory that the next one's tables may need
+        )
 
 
 def _how_it_ended(exit_code: int) -> str:

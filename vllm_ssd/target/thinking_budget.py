@@ -7,7 +7,7 @@ Two failures of vLLM 0.32's `ThinkingBudgetStateHolder`, which its other methods
 2. Where there are drafts, it works out from their number what to force, and does not go back when they are
    rejected: an end mark of several tokens comes late or stays unfinished.
 
-Here its own state goes on token by token, as without speculation, and on trial for each draft. Goes when
+Here its own state continues token by token, as without speculation, and on trial for each draft. Goes when
 upstream does that; its V2 runner has no such state.
 """
 

@@ -221,8 +221,10 @@ class TargetsDraft:
         self.supervisor.await_ready()
         ssd = self._ssd
         steps = ssd.num_speculative_tokens + 2  # of a round; the logits of all are kept until it ends
-        laws = 1 if ssd.ssd_verify == "coupled" else 2  # with ratio, what they are drawn from as well
-        logits = ssd.ssd_max_rows * steps * ssd.draft_model_config.get_vocab_size() * 4 * laws
+        distributions = (
+            1 if ssd.ssd_verify == "coupled" else 2
+        )  # with ratio, what they are drawn from as well
+        logits = ssd.ssd_max_rows * steps * ssd.draft_model_config.get_vocab_size() * 4 * distributions
         return int(psutil.Process(self.supervisor.pid).memory_info().rss) + logits
 
     def close(self) -> None:
@@ -266,7 +268,7 @@ def _backup(
 ) -> Backup:
     ngram = NgramBackup(compat.match_ngram, history, max_model_len)
     just_in_time = JustInTimeBackup(costs, observer.add_wait)
-    if ssd.ssd_fallback in ("ngram", "auto"):
+    if ssd.ssd_backup in ("ngram", "auto"):
         compat.match_ngram(np.zeros(2, dtype=np.int32), 1, 1, 2, 1)  # Numba compiles it at the first call
     kinds: dict[str, Backup] = {
         "none": NoBackup(),
@@ -274,4 +276,4 @@ def _backup(
         "draft": just_in_time,
         "auto": AutoBackup(costs, ngram, just_in_time),
     }
-    return kinds[ssd.ssd_fallback]
+    return kinds[ssd.ssd_backup]

@@ -1,4 +1,4 @@
-"""Ratio verification on the target: rejection sampling of drafts that were sampled from a known law q.
+"""Ratio verification on the target: rejection sampling of drafts that were sampled from a known q.
 
 A draft x is accepted if u < p(x) / q(x), strictly; else the recovery token is drawn from max(p - q, 0),
 renormalised (Leviathan et al., arXiv 2211.17192). q must be what x was really drawn from, every modification
@@ -23,22 +23,22 @@ Float32Array = npt.NDArray[np.float32]
 
 
 class PointMass:
-    """All of a draft's law on the draft itself: exact for any draft, however it came about.
+    """All of a draft's distribution on the draft itself: exact for any draft, however it came about.
 
     For drafts that were not drawn, and for those of which what they were drawn from did not come in time.
     """
 
 
-DraftLaw = Float32Array | PointMass  # an array is [at least the row's number of drafts, V]
+DraftDistribution = Float32Array | PointMass  # an array is [at least the row's number of drafts, V]
 
 
 def verify(
-    places: Places, laws: Sequence[DraftLaw], drafts: Tensor, logits: Tensor, bonus: Tensor
+    places: Places, distributions: Sequence[DraftDistribution], drafts: Tensor, logits: Tensor, bonus: Tensor
 ) -> list[list[int]]:
     """The new tokens of each row.
 
     Args:
-        laws: [B].
+        distributions: [B].
         drafts: [N], row after row.
         logits: [N, V] at the drafts' places, after all constraints.
         bonus: [B], what `draw` returned.
@@ -48,7 +48,7 @@ def verify(
     is_draft = drafts >= 0  # vLLM fills some rows up with -1, such as prompts of one token
     at_draft = drafts.clamp(min=0)[:, None].long()
     p = logits.softmax(dim=-1)
-    q = _stacked(laws, places.num_drafts.tolist(), at_draft, is_draft, p)
+    q = _stacked(distributions, places.num_drafts.tolist(), at_draft, is_draft, p)
     u = uniform(accept_seeds(places.seeds[rows]), positions)
     is_kept = is_draft & (u * q.gather(1, at_draft)[:, 0] < p.gather(1, at_draft)[:, 0])
     rest = (p - q).clamp_(min=0.0)
@@ -61,26 +61,32 @@ def verify(
     return new_tokens(places.num_drafts.tolist(), is_kept.tolist(), tokens.tolist(), bonus.tolist())
 
 
-def law_as_logits(law: DraftLaw, drafts: Sequence[int], temperature: float, vocab_size: int) -> Tensor:
-    """[n, V] logits of n drafts whose softmax at the temperature is their law, for vLLM's V2 verifier."""
-    if isinstance(law, PointMass):
+def distribution_as_logits(
+    distribution: DraftDistribution, drafts: Sequence[int], temperature: float, vocab_size: int
+) -> Tensor:
+    """[n, V] logits of n drafts whose softmax at the temperature is their q, for vLLM's V2 verifier."""
+    if isinstance(distribution, PointMass):
         q = torch.zeros(len(drafts), vocab_size)
         q[torch.arange(len(drafts)), torch.tensor(drafts)] = 1.0
     else:
-        q = torch.from_numpy(law[: len(drafts)])
+        q = torch.from_numpy(distribution[: len(drafts)])
     return q.log() * temperature
 
 
 def _stacked(
-    laws: Sequence[DraftLaw], num_drafts: Sequence[int], at_draft: Tensor, is_draft: Tensor, p: Tensor
+    distributions: Sequence[DraftDistribution],
+    num_drafts: Sequence[int],
+    at_draft: Tensor,
+    is_draft: Tensor,
+    p: Tensor,
 ) -> Tensor:
     """[N, V] q at every draft's place; zero where there is no draft."""
     q, begin = torch.zeros_like(p), 0
-    for law, count in zip(laws, num_drafts, strict=True):
+    for distribution, count in zip(distributions, num_drafts, strict=True):
         part = slice(begin, begin + count)
-        if isinstance(law, PointMass):
+        if isinstance(distribution, PointMass):
             q[part].scatter_(1, at_draft[part], is_draft[part, None].float())
         else:
-            q[part] = torch.from_numpy(law[:count])
+            q[part] = torch.from_numpy(distribution[:count])
         begin += count
     return q

@@ -34,7 +34,7 @@ def fail_for(slot: int, stock: Callable[..., Any]) -> Callable[..., Any]:
 def serve(target: Target, rng: random.Random, slots: list[int], rounds: int = 6) -> None:
     """Rounds whose outcomes are predicted, and looked up with success."""
     for _ in range(rounds):
-        target.settle()
+        target.run_until_idle()
         for slot in slots:
             k, token, drafts = rng.choice(target.published(slot))
             assert drafts
@@ -50,7 +50,8 @@ def began(rng: random.Random, slots: int = 3) -> Target:
 
 
 @pytest.mark.parametrize(
-    "point", ["settle", "reserve", "outcomes", "fork", "num_blocks_for", "rank", "confidences", "computed"]
+    "point",
+    ["apply_outcome", "reserve", "outcomes", "fork", "num_blocks_for", "rank", "confidences", "computed"],
 )
 def test_a_request_that_fails_is_dropped_alone(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, point: str
@@ -60,7 +61,7 @@ def test_a_request_that_fails_is_dropped_alone(
     monkeypatch.setattr(DraftRequest, point, fail_for(1, getattr(DraftRequest, point)))
     with caplog.at_level("ERROR", logger="vllm.ssd"):
         target.decide(1, 0, int(target.oracle.rank(target.live[1].tokens)[-1]))  # a miss: all of it is run
-        target.settle()
+        target.run_until_idle()
     monkeypatch.undo()
     assert not target.published(1)
     others = [0, 2]
@@ -84,7 +85,7 @@ def test_a_step_that_fails_costs_its_requests_their_drafts(
     rng = random.Random(2)
     target = began(rng)
     waiting = target.start(3, prompt(rng, 9))
-    target.settle()  # from now on the step is about the others
+    target.run_until_idle()  # from now on the step is about the others
     failures = [1]
     stock = getattr(target.engine, point)
 
@@ -97,7 +98,7 @@ def test_a_step_that_fails_costs_its_requests_their_drafts(
     monkeypatch.setattr(target.engine, point, fail)
     for slot in range(3):
         target.decide(slot, 0, int(target.oracle.rank(target.live[slot].tokens)[-1]))
-    target.settle()
+    target.run_until_idle()
     assert failures[0] <= 0
     assert target.published(waiting.slot)
     serve(target, rng, [waiting.slot])
@@ -119,7 +120,7 @@ def test_a_failure_that_is_about_nobody_in_particular(monkeypatch: pytest.Monkey
     monkeypatch.setattr(server_module, "build_rows", fail)
     for slot in range(3):
         target.decide(slot, 0, int(target.oracle.rank(target.live[slot].tokens)[-1]))
-    target.settle()
+    target.run_until_idle()
     monkeypatch.undo()
     for slot in range(3):
         target.stop(slot)
@@ -138,7 +139,7 @@ def test_an_engine_that_cannot_run_any_step_ends_the_process(monkeypatch: pytest
         monkeypatch.setattr(target.engine, point, fail)
     target.decide(0, 0, int(target.oracle.rank(target.live[0].tokens)[-1]))
     with pytest.raises(PlantedError, match="device lost"):
-        target.settle()
+        target.run_until_idle()
 
 
 @pytest.mark.parametrize(
@@ -174,11 +175,11 @@ def test_what_cannot_be_answered_soon_is_declined() -> None:
         assert target.cache.look_up([Outcome(slot, epoch, 0, 0, 9)]) == [[]]
     target.stop(0)
     target.start(0, prompt(random.Random(7), 6))
-    target.settle()
+    target.run_until_idle()
     epoch = target.live[0].epoch
     target.await_drafts(0, 0, int(target.oracle.rank(target.live[0].tokens)[-1]), 2)
     token = target.live[0].awaited[1]  # type: ignore[index]
     assert target.cache.declined([Outcome(0, epoch, 0, 0, token)]) == [False]
-    target.settle()
+    target.run_until_idle()
     assert len(target.published(0)[0][2]) >= 2
     target.finish()

@@ -14,7 +14,7 @@ def test_steps_of_the_same_branches_only_advance() -> None:
     engine = target.engine
     assert isinstance(engine, ToyEngine)
     target.start(0, prompt(random.Random(0), 10))
-    target.settle()
+    target.run_until_idle()
     # The prompt, the branches' first step, and then, up to the tips, what the step before leads to.
     assert (len(engine.row_counts), engine.num_advances) == (
         2 + target.setup.num_drafts,
@@ -23,7 +23,7 @@ def test_steps_of_the_same_branches_only_advance() -> None:
     target.start(1, prompt(random.Random(1), 10))
     target.step()
     assert engine.num_advances == target.setup.num_drafts  # a trunk is in this one
-    target.settle()
+    target.run_until_idle()
     target.finish()
 
 

@@ -1,4 +1,4 @@
-"""Drafts chosen from logits: the noise that is shared, laws, and what stays greedy."""
+"""Drafts chosen from logits: the noise that is shared, distributions, and what stays greedy."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_coupled_drafts_have_the_shared_noise_where_they_are_sampled(temperature
         expected = LOGITS[row] / temperature + noise()[row] if temperature else LOGITS[row]
         torch.testing.assert_close(chosen.logits[row], expected)
         assert chosen.drafts[row] == expected.argmax()
-    assert chosen.laws is None
+    assert chosen.distributions is None
 
 
 def test_rows_are_prepared_for_all_the_steps_they_go_on() -> None:
@@ -63,23 +63,23 @@ def test_the_targets_restrictions_are_the_drafts() -> None:
     torch.testing.assert_close(chosen.logits[1:], LOGITS[1:] + noise()[1:])
 
 
-def test_a_law_holds_nothing_that_is_forbidden() -> None:
+def test_a_distribution_holds_nothing_that_is_forbidden() -> None:
     sampler = DraftSampler(VOCAB, torch.device("cpu"), is_coupled=False)
     chosen = sampler.choose(LOGITS.clone(), sampler.prepare(sampling([1.0, 1.0, 1.0], top_k=2)), POSITIONS)
-    assert chosen.laws is not None
-    assert np.flatnonzero(chosen.laws[0]).tolist() == sorted(LOGITS[0].topk(2).indices.tolist())
+    assert chosen.distributions is not None
+    assert np.flatnonzero(chosen.distributions[0]).tolist() == sorted(LOGITS[0].topk(2).indices.tolist())
     assert chosen.drafts[0] in LOGITS[0].topk(2).indices
 
 
-def test_drawn_drafts_come_with_the_law_they_were_drawn_from() -> None:
+def test_drawn_drafts_come_with_the_distribution_they_were_drawn_from() -> None:
     sampler = DraftSampler(VOCAB, torch.device("cpu"), is_coupled=False, saguaro_c=0.5, saguaro_tokens=3)
     chosen = sampler.choose(LOGITS.clone(), sampler.prepare(sampling([0.5, 0.0, 1.5])), POSITIONS)
     plain = (LOGITS / torch.tensor([[0.5], [1.0], [1.5]])).softmax(dim=-1)
-    laws = saguaro(plain, 3, 0.5)
-    laws[1] = plain[1]
-    assert chosen.laws is not None
-    torch.testing.assert_close(torch.from_numpy(chosen.laws), laws)
-    drawn = (laws.log() + noise()).argmax(dim=-1)
+    distributions = saguaro(plain, 3, 0.5)
+    distributions[1] = plain[1]
+    assert chosen.distributions is not None
+    torch.testing.assert_close(torch.from_numpy(chosen.distributions), distributions)
+    drawn = (distributions.log() + noise()).argmax(dim=-1)
     assert chosen.drafts.tolist() == [drawn[0], LOGITS[1].argmax(), drawn[2]]
 
 

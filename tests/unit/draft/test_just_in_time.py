@@ -17,7 +17,7 @@ def test_just_in_time_drafts_come_before_anything_else(steps: int, k: int) -> No
     target = Target(Setup())
     rng = random.Random(3)
     first, other = target.start(0, prompt(rng, 6)), target.start(1, prompt(rng, 6))
-    target.settle()
+    target.run_until_idle()
     for slot in (0, 1):
         _, token, _ = target.published(slot)[0]
         target.decide(slot, 0, token)
@@ -34,7 +34,7 @@ def test_just_in_time_drafts_come_before_anything_else(steps: int, k: int) -> No
     drafts = target.decide(0, k, unlikely)
     assert len(drafts) == 2
     assert target.counters["adopted"] == adopted + 1
-    target.settle()
+    target.run_until_idle()
     assert len(target.published(0)) == target.setup.budget
     assert other.round == 1
     target.finish()
@@ -43,7 +43,7 @@ def test_just_in_time_drafts_come_before_anything_else(steps: int, k: int) -> No
 def test_awaited_drafts_of_another_round_or_branch_are_ignored() -> None:
     target = Target(Setup())
     request = target.start(0, prompt(random.Random(0), 6))
-    target.settle()
+    target.run_until_idle()
     before = target.published(0)
     for missed in (
         MissedRow(0, request.epoch, 7, [1], 2),

@@ -19,7 +19,7 @@ from vllm_ssd.draft.outcomes import (
 NUM_CANDIDATES = 4
 
 
-def laws(seed: int, n: int) -> tuple[FloatArray, BoolArray]:
+def distributions(seed: int, n: int) -> tuple[FloatArray, BoolArray]:
     """[n, 4] log-probabilities, falling, and which candidate the draft is."""
     rng = np.random.default_rng(seed)
     log_probs = -np.sort(-np.log(rng.dirichlet([0.5] * NUM_CANDIDATES, size=n)), axis=1).astype(np.float32)
@@ -37,7 +37,7 @@ def after(rounds: int, log_prob: float, accepted: float) -> OutcomeStatistics:
 
 @given(seed=st.integers(0, 10_000), n=st.integers(1, 6), rounds=st.integers(0, 40))
 def test_outcomes_share_out_what_is_reached(seed: int, n: int, rounds: int) -> None:
-    log_probs, is_draft = laws(seed, n)
+    log_probs, is_draft = distributions(seed, n)
     statistics = after(rounds, -0.8, 0.7)
     outcomes, reached = outcome_log_probs(
         log_probs, is_draft, statistics, is_greedy=False, last_is_drawn=False
@@ -60,7 +60,7 @@ def test_a_draft_is_as_likely_as_such_drafts_were_accepted(accepted: float) -> N
     assert rest / rest.sum() == pytest.approx([3 / 6, 2 / 6, 1 / 6], abs=1e-4)
 
 
-def test_a_greedy_target_goes_by_rank_however_flat_the_law() -> None:
+def test_a_greedy_target_goes_by_rank_however_flat_the_distribution() -> None:
     log_probs = np.log(np.full((1, NUM_CANDIDATES), 0.02, dtype=np.float32))
     is_draft = np.array([[False, True, False, False]])
     statistics = OutcomeStatistics(NUM_CANDIDATES)
@@ -82,8 +82,8 @@ def test_drafts_of_another_confidence_say_nothing() -> None:
     assert never.log_acceptance(np.array([-0.8]))[0] < untaught.log_acceptance(np.array([-0.8]))[0] - 1
 
 
-def test_what_follows_all_drawn_drafts_is_left_to_the_law() -> None:
-    log_probs, is_draft = laws(3, 2)
+def test_what_follows_all_drawn_drafts_is_left_to_the_distribution() -> None:
+    log_probs, is_draft = distributions(3, 2)
     statistics = after(100, -0.8, 0.5)
     outcomes, reached = outcome_log_probs(
         log_probs, is_draft, statistics, is_greedy=False, last_is_drawn=True
@@ -92,7 +92,7 @@ def test_what_follows_all_drawn_drafts_is_left_to_the_law() -> None:
 
 
 def test_a_draft_that_is_no_candidate_counts_as_the_least() -> None:
-    log_probs, is_draft = laws(4, 2)
+    log_probs, is_draft = distributions(4, 2)
     is_draft[1] = False
     assert draft_log_probs(log_probs, is_draft).tolist() == [
         log_probs[0, is_draft[0]].item(),
@@ -110,7 +110,7 @@ def test_a_draft_that_is_certain_leaves_a_little() -> None:
 
 
 @pytest.mark.parametrize("acceptance", [0.3, 0.6, 0.9])
-def test_acceptance_of_a_truncated_geometric_law(acceptance: float) -> None:
+def test_acceptance_of_a_truncated_geometric_distribution(acceptance: float) -> None:
     rng = np.random.default_rng(1)
     statistics = OutcomeStatistics(8)
     for _ in range(3000):
@@ -127,18 +127,18 @@ def test_rounds_without_drafts_say_nothing_about_acceptance() -> None:
 
 
 @pytest.mark.parametrize("exponent", [0.5, 1.0, 2.0])
-def test_exponent_of_a_power_law(exponent: float) -> None:
+def test_exponent_of_a_power_distribution(exponent: float) -> None:
     rng = np.random.default_rng(2)
     num_ranks = 12
     misses = 0.5 * np.arange(1, num_ranks + 1) ** -exponent
-    law = -np.diff(misses, prepend=1.0, append=0.0)
+    distribution = -np.diff(misses, prepend=1.0, append=0.0)
     statistics = OutcomeStatistics(num_ranks)
-    for rank in rng.choice(num_ranks + 1, size=4000, p=law):
+    for rank in rng.choice(num_ranks + 1, size=4000, p=distribution):
         statistics.add(2, 4, int(rank))
     assert statistics.exponent == pytest.approx(exponent, rel=0.35)
 
 
-def test_an_outcome_always_foreseen_breaks_nothing() -> None:
+def test_an_outcome_always_predicted_breaks_nothing() -> None:
     statistics = OutcomeStatistics(4)
     for _ in range(5000):
         statistics.add(4, 4, 0)
@@ -160,7 +160,7 @@ def test_what_is_not_known_yet_is_guessed_by_what_mostly_came() -> None:
     statistics = OutcomeStatistics(3)
     for _ in range(2000):
         statistics.add(3, 4, 0)  # three in four, then the likeliest of the others
-    assert np.exp(statistics.log_law(4)) == pytest.approx([0.75, 0.25, 0.0, 0.0], abs=0.02)
+    assert np.exp(statistics.log_distribution(4)) == pytest.approx([0.75, 0.25, 0.0, 0.0], abs=0.02)
 
 
 def test_kinds_of_rounds_are_apart() -> None:

@@ -24,7 +24,7 @@ from vllm_ssd.plan.fanout import listed_fanout, uniform_fanout
 def test_first_round(length: int) -> None:
     target = Target(Setup())
     target.start(0, prompt(random.Random(length), length))
-    target.settle()
+    target.run_until_idle()
     branches = target.published(0)
     assert len(branches) == target.setup.budget  # all on k = 0
     assert all(len(drafts) == target.setup.num_drafts for _, _, drafts in branches)
@@ -41,7 +41,7 @@ def test_every_accepted_length_gets_its_branches(num_drafts: int, fanout: str) -
     rng = random.Random(0)
     target.start(0, prompt(rng, 10))
     for _ in range(10):
-        target.settle()
+        target.run_until_idle()
         branches = target.published(0)
         sent = len(target.live[0].drafts)
         expected = listed_fanout(listed, sent) if listed else uniform_fanout(sent, budget)
@@ -60,14 +60,15 @@ def test_every_accepted_length_gets_its_branches(num_drafts: int, fanout: str) -
 def test_global_fan_out_follows_the_drafts_own_probabilities(temperature: float, counts: list[int]) -> None:
     # Each toy token is half as likely as the one before it: sending a best draft costs one halving, and the
     # candidates after it start another one lower, but for the last length, whose best token was not sent.
-    # After a greedy rejection the next likeliest are believed more, and the others less, than the law has it.
+    # After a greedy rejection the next likeliest are believed more, and the others less, than the
+    # distribution has it.
     target = Target(Setup(num_drafts=2, budget=7, fanout="global", vocab=64))
     target.start(0, prompt(random.Random(0), 10), Sampling(temperature=temperature))
-    target.settle()
+    target.run_until_idle()
     assert [k for k, _, _ in target.published(0)] == [0] * 7
     _, token, _ = target.published(0)[0]
     target.decide(0, 0, token)
-    target.settle()
+    target.run_until_idle()
     ks = [k for k, _, _ in target.published(0)]
     assert [ks.count(k) for k in range(3)] == counts
     target.finish()
@@ -82,7 +83,7 @@ def test_an_early_outcome_gets_the_depth_reached(steps: int) -> None:
         for _ in range(steps):
             target.step()
         target.decide_like(0, rng)
-    target.settle()
+    target.run_until_idle()
     assert len(target.published(0)) == target.setup.budget
     target.finish()
 
@@ -91,14 +92,14 @@ def test_a_long_prompt_is_prefilled_in_chunks_between_rounds() -> None:
     target = Target(Setup(prefill_chunk=8))
     rng = random.Random(1)
     target.start(0, prompt(rng, 5))
-    target.settle()
+    target.run_until_idle()
     target.start(1, prompt(rng, 90))
     for _ in range(12):
         target.step()
         assert max(target.engine.query_lens) <= 8
         if branches := target.published(0):
             target.decide(0, *branches[0][:2])
-    target.settle()
+    target.run_until_idle()
     assert target.hits
     assert len(target.published(1)) == target.setup.budget
     target.finish()
@@ -108,17 +109,17 @@ def test_a_known_prefix_is_not_computed_again() -> None:
     target = Target(Setup())
     tokens = prompt(random.Random(2), 42)
     target.start(0, tokens)
-    target.settle()
+    target.run_until_idle()
     computed = target.counters["prefill_tokens"]
     target.start(1, tokens)  # shared while in use
-    target.settle()
+    target.run_until_idle()
     assert target.counters["prefill_tokens"] - computed == 2
     assert sorted(target.published(0)) == sorted(target.published(1))
     target.stop(0)
     target.stop(1)
     computed = target.counters["prefill_tokens"]
     target.start(2, [*tokens[:20], *prompt(random.Random(3), 9)])  # cached
-    target.settle()
+    target.run_until_idle()
     assert target.counters["prefill_tokens"] - computed <= 9 + 4
     target.finish()
 
@@ -129,7 +130,7 @@ def test_all_of_a_prompt_known_but_its_logits(length: int) -> None:
     tokens = prompt(random.Random(8), length)
     for slot in range(3):
         target.start(slot, tokens)
-        target.settle()
+        target.run_until_idle()
         assert len(target.published(slot)) == target.setup.budget
     target.finish()
 
@@ -140,7 +141,7 @@ def test_a_prompt_that_is_being_computed_is_not_reused() -> None:
     target.start(0, tokens)
     target.step()
     target.start(1, tokens)
-    target.settle()  # the toy engine notices blocks without KV
+    target.run_until_idle()  # the toy engine notices blocks without KV
     assert sorted(target.published(0)) == sorted(target.published(1))
     target.finish()
 
@@ -148,13 +149,13 @@ def test_a_prompt_that_is_being_computed_is_not_reused() -> None:
 def test_what_was_never_computed_is_not_reused() -> None:
     target = Target(Setup(block_size=4))
     target.start(0, prompt(random.Random(11), 7))
-    target.settle()
+    target.run_until_idle()
     least_likely = int(target.oracle.rank(target.live[0].tokens)[-1])
-    target.decide(0, 0, least_likely, fallback=[1, 2, 3])
+    target.decide(0, 0, least_likely, backup=[1, 2, 3])
     tokens = [*target.live[0].tokens, *target.live[0].drafts]
     target.stop(0)  # before the draft did another step
     target.start(1, tokens)
-    target.settle()
+    target.run_until_idle()
     assert target.published(1)
     target.finish()
 
@@ -167,8 +168,8 @@ def test_drafts_other_than_the_branchs_own() -> None:
     likeliest = int(target.oracle.rank(tokens)[0])
     own = target.continuation([*tokens, likeliest], 3)
     other = [own[0], (own[1] + 1) % VOCAB, own[2]]
-    assert target.decide(0, 0, likeliest, fallback=other, steps_meanwhile=6) == other
-    target.settle()
+    assert target.decide(0, 0, likeliest, backup=other, steps_meanwhile=6) == other
+    target.run_until_idle()
     assert {k for k, _, _ in target.published(0)} == {0, 1, 2, 3}
     target.finish()
 
@@ -177,32 +178,32 @@ def test_an_outcome_that_repeats_a_sent_draft() -> None:
     """The target verified fewer drafts than it was given, so its bonus token is one of them."""
     target = Target(Setup(num_drafts=3, budget=8, vocab=64))
     target.start(0, prompt(random.Random(10), 9))
-    target.settle()
+    target.run_until_idle()
     (accepted, token, drafts), *_ = target.published(0)
     target.decide(0, accepted, token)
-    target.settle()
-    for k, fallback in ((0, []), (1, drafts[2:]), (2, [5])):
-        target.decide(0, k, target.live[0].drafts[k], fallback)
-        target.settle()
+    target.run_until_idle()
+    for k, backup in ((0, []), (1, drafts[2:]), (2, [5])):
+        target.decide(0, k, target.live[0].drafts[k], backup)
+        target.run_until_idle()
         sent = len(target.live[0].drafts)
         branches = target.published(0)
         counts = [sum(1 for of, _, _ in branches if of == length) for length in range(sent + 1)]
         assert counts == uniform_fanout(sent, 8)
         assert all(len(drafts) == 3 for _, _, drafts in branches)
         target.decide(0, *branches[-1][:2])
-        target.settle()
+        target.run_until_idle()
     target.finish()
 
 
 def test_a_stopped_or_restarted_slot_publishes_nothing_old() -> None:
     target = Target(Setup())
     old = target.start(0, [1, 2, 3])
-    target.settle()
+    target.run_until_idle()
     keys = [Outcome(0, old.epoch, 0, k, token) for k, token, _ in target.published(0)]
     assert all(target.cache.look_up(keys))
     target.start(0, [1, 2, 3])  # the stop was lost
     assert target.cache.look_up(keys) == [None] * len(keys)
-    target.settle()
+    target.run_until_idle()
     assert target.cache.look_up(keys) == [None] * len(keys)
     target.stop(0)
     keys = [key._replace(epoch=old.epoch + 1) for key in keys]
@@ -215,14 +216,14 @@ def test_late_messages_of_an_earlier_epoch_or_round_change_nothing() -> None:
     old = target.start(0, [1, 2, 3])
     target.stop(0)
     target.start(0, [4, 5, 6])
-    target.settle()
+    target.run_until_idle()
     branches = target.published(0)
     target.server.handle(Stop(0, old.epoch))
     target.server.handle(Outcomes([RoundOutcome(0, old.epoch, 0, [9], [], 0)], 3, 8))
     target.server.handle(Outcomes([RoundOutcome(0, old.epoch + 1, 7, [9], [], 0)], 3, 8))
     target.server.handle(Outcomes([RoundOutcome(3, 1, 0, [9], [], 0)], 3, 8))
     target.server.handle(Stop(3, 1))
-    target.settle()
+    target.run_until_idle()
     assert target.published(0) == branches
     target.finish()
 
@@ -231,14 +232,14 @@ def test_reset_forgets_everything() -> None:
     target = Target(Setup())
     for slot in range(3):
         target.start(slot, prompt(random.Random(slot), 10))
-    target.settle()
+    target.run_until_idle()
     target.server.handle(Reset())
     assert (target.cache.entries[:, :, EPOCH] == 0).all()
     assert target.num_free_blocks == target.setup.num_blocks
     assert not target.server.step()
     target.live.clear()
     target.start(1, [1, 2])
-    target.settle()
+    target.run_until_idle()
     assert target.published(1)
     target.finish()
 
@@ -251,7 +252,7 @@ def test_at_one_branch_the_likeliest_outcome_has_it() -> None:
         target.step()
     target.budget = 1  # more requests have come, say
     target.decide(0, *target.published(0)[0][:2])
-    target.settle()
+    target.run_until_idle()
     ((k, _, _),) = target.published(0)
     assert k == 0  # a quarter; all three drafts and then a token of half: a sixteenth
     target.finish()
@@ -297,12 +298,12 @@ def test_any_course_of_events(setup: Setup, data: st.DataObject) -> None:
             for _ in range(rng.randint(1, 6)):
                 target.step()
         elif action == "r":
-            target.settle()
+            target.run_until_idle()
         elif action == "x":
             target.server.handle(Reset())
             for live in list(target.live.values()):
                 target.start(live.slot, live.tokens)
-    target.settle()
+    target.run_until_idle()
     target.finish()
 
 
@@ -326,14 +327,14 @@ def test_geometric_fan_out_follows_the_outcomes() -> None:
     target = Target(Setup(budget=8, fanout="geometric", vocab=64))
     request = target.start(0, prompt(random.Random(0), 10))
     for _ in range(150):
-        target.settle()
+        target.run_until_idle()
         branches = [branch for branch in target.published(0) if branch[0] == 0]
         assert len(target.published(0)) == target.setup.budget
         target.decide(0, *branches[-1][:2])
         if len(request.tokens) > 150:
             target.stop(0)
             request = target.start(0, prompt(random.Random(0), 10))
-    target.settle()
+    target.run_until_idle()
     ks = [k for k, _, _ in target.published(0)]
     assert ks.count(0) >= 4
     assert set(ks) == {0, 1, 2, 3}
@@ -341,19 +342,19 @@ def test_geometric_fan_out_follows_the_outcomes() -> None:
 
 
 def test_global_fan_out_learns_how_far_the_target_agrees() -> None:
-    """Each draft is half of the law, yet always accepted: at last the branch waits where all are."""
+    """Each draft is half of the distribution, yet always accepted: at last the branch waits where all are."""
     target = Target(Setup(budget=1, fanout="global", vocab=64))
     lengths = []
     for _ in range(6):
         request = target.start(0, prompt(random.Random(0), 10))
         while len(request.tokens) < 150:
-            target.settle()
+            target.run_until_idle()
             if request.drafts:
                 lengths.append([k for k, _, _ in target.published(0)])
             chain = [*request.tokens, *request.drafts]
             for _ in range(4):
                 chain.append(int(target.oracle.rank(chain)[0]))
-            target.decide(0, len(request.drafts), chain[-4], fallback=chain[-3:])
+            target.decide(0, len(request.drafts), chain[-4], backup=chain[-3:])
         target.stop(0)
     assert lengths[0] == [0]
     assert lengths[-1] == [3]
@@ -361,17 +362,17 @@ def test_global_fan_out_learns_how_far_the_target_agrees() -> None:
 
 
 def test_the_target_may_want_less() -> None:
-    """Fewer drafts and branches, then none, then all again: what is published follows, and hits go on."""
+    """Fewer drafts and branches, then none, then all again: what is published follows, and hits continue."""
     target = Target(Setup(num_drafts=4, budget=10))
     rng = random.Random(5)
     target.start(0, prompt(rng, 8))
     for num_drafts, budget in ((4, 10), (2, 5), (0, 0), (0, 0), (4, 10), (1, 3)):
-        target.settle()
+        target.run_until_idle()
         branches = target.published(0)
         target.num_drafts, target.budget = num_drafts, budget
         k, token = branches[-1][:2] if branches else (0, rng.randrange(VOCAB))
         target.decide(0, k, token)
-        target.settle()
+        target.run_until_idle()
         assert len(target.published(0)) == budget
         lengths = {len(drafts) for _, _, drafts in target.published(0)}
         assert lengths <= {num_drafts, num_drafts + 1}  # the step for the tips yields one more
@@ -383,7 +384,7 @@ def test_drafts_that_were_not_verified_are_no_rejections() -> None:
     """The scheduler may cut what was proposed, at max_tokens for one."""
     target = Target(Setup())
     request = target.start(0, prompt(random.Random(0), 6))
-    target.settle()
+    target.run_until_idle()
     k, token, _ = next(branch for branch in target.published(0) if branch[0] == 0)
     drafts = target.decide(0, k, token)
     assert len(drafts) == 3

@@ -13,14 +13,14 @@ def test_a_request_beyond_the_drafts_length_goes_on_without_branches() -> None:
     rng = random.Random(4)
     target.start(0, prompt(rng, 8))
     while len(target.live[0].tokens) < 40:
-        target.settle()
+        target.run_until_idle()
         branches = target.published(0)
         reach = len(target.live[0].tokens) + len(target.live[0].drafts) + setup.num_drafts
         assert bool(branches) == (reach < setup.max_model_len), reach
         target.decide_like(0, rng)
     target.start(1, prompt(rng, 30))  # begins beyond it
     target.start(2, prompt(rng, 24))
-    target.settle()
+    target.run_until_idle()
     assert not target.published(1)
     assert not target.published(2)
     target.finish()
@@ -34,7 +34,7 @@ def test_branches_share_the_rows_of_a_step() -> None:
         target.start(slot, prompt(rng, 6))
     for _ in range(20):
         target.engine.row_counts.clear()
-        target.settle()
+        target.run_until_idle()
         branches = max(target.engine.row_counts)
         assert branches <= setup.max_rows + setup.max_slots  # and at most one trunk row each
         for slot in target.live:
@@ -52,7 +52,7 @@ def test_rows_stay_within_the_engines_limit_while_requests_come() -> None:
         target.start(slot, prompt(rng, 6))
         target.step()  # ToyEngine asserts the limit
         target.step()
-    target.settle()
+    target.run_until_idle()
     target.finish()
 
 
@@ -60,14 +60,14 @@ def test_a_request_that_found_no_blocks_is_served_later() -> None:
     """Without any request ending: blocks also come free when rounds end."""
     target = Target(Setup(num_blocks=24, block_size=4, budget=8, num_drafts=3, max_slots=2))
     target.start(0, [1, 2, 3, 4, 5])
-    target.settle()
+    target.run_until_idle()
     assert target.num_free_blocks == 6  # its branches hold two blocks each, as they cross a block's end
     target.start(1, prompt(random.Random(7), 31))
-    target.settle()
+    target.run_until_idle()
     assert not target.published(1)
     for _ in range(3):  # misses
         target.decide(0, 0, int(target.oracle.rank(target.live[0].tokens)[-1]))
-        target.settle()
+        target.run_until_idle()
     # With eight tokens it is one block a branch, so there is room for the other's prompt.
     assert target.counters["prefill_tokens"] >= 8 + 31
     target.finish()
@@ -82,7 +82,7 @@ def test_requests_that_fill_the_pool_do_not_lock_each_other_out() -> None:
         target.start(slot, prompt(rng, 30))
     for _ in range(40):
         for slot in range(4):
-            target.settle()
+            target.run_until_idle()
             branches = target.published(slot)
             target.decide(slot, *(branches[0][:2] if branches else (0, rng.randrange(VOCAB))))
         if all(len(live.tokens) > 50 for live in target.live.values()):
@@ -90,7 +90,7 @@ def test_requests_that_fill_the_pool_do_not_lock_each_other_out() -> None:
     hits = target.hits
     for _ in range(10):
         for slot in range(4):
-            target.settle()
+            target.run_until_idle()
             branches = target.published(slot)
             target.decide(slot, *(branches[0][:2] if branches else (0, rng.randrange(VOCAB))))
     assert target.hits - hits >= 8  # by those that stayed
@@ -99,7 +99,7 @@ def test_requests_that_fill_the_pool_do_not_lock_each_other_out() -> None:
     for slot in range(4):
         if slot not in waiting:
             target.stop(slot)
-    target.settle()
+    target.run_until_idle()
     assert all(target.published(slot) for slot in waiting[:1])
     target.finish()
 
@@ -114,9 +114,9 @@ def test_blocks_given_up_by_one_are_for_another_that_had_given_up_its_own() -> N
 
     def go_on(slot: int, rounds: int) -> None:
         for _ in range(rounds):
-            target.settle()
+            target.run_until_idle()
             target.decide(slot, 0, rng.randrange(VOCAB))
-        target.settle()
+        target.run_until_idle()
 
     go_on(0, 3)
     go_on(1, 3)
@@ -143,13 +143,13 @@ def test_a_fork_without_blocks_is_counted_once_a_round() -> None:
 def test_a_request_that_has_outgrown_the_draft_gives_its_blocks_up() -> None:
     target = Target(Setup(num_blocks=12, block_size=4, budget=2, num_drafts=3, max_slots=2, max_model_len=40))
     target.start(0, prompt(random.Random(4), 33))
-    target.settle()
+    target.run_until_idle()
     target.start(1, prompt(random.Random(5), 20))
-    target.settle()
+    target.run_until_idle()
     assert not target.published(1)
     for _ in range(5):
         target.decide(0, 0, 1)
-        target.settle()
+        target.run_until_idle()
     assert len(target.published(1)) == 2
     target.finish()
 
@@ -157,7 +157,7 @@ def test_a_request_that_has_outgrown_the_draft_gives_its_blocks_up() -> None:
 def test_as_many_branches_as_there_are_blocks_for() -> None:
     target = Target(Setup(num_blocks=6, block_size=4, budget=8, num_drafts=3, max_slots=1))
     target.start(0, [1, 2, 3, 4, 5])
-    target.settle()
+    target.run_until_idle()
     branches = target.published(0)
     assert len(branches) == 2  # two blocks each, and two for the prompt
     assert all(len(drafts) == 3 for _, _, drafts in branches)
@@ -169,12 +169,12 @@ def test_blocks_that_come_free_are_for_those_who_lack_them_to_go_on() -> None:
     """And not for more branches of the request that gave them back."""
     target = Target(Setup(num_blocks=24, block_size=4, budget=8, num_drafts=3, max_slots=2))
     target.start(0, [1, 2, 3, 4, 5])
-    target.settle()
+    target.run_until_idle()
     target.start(1, prompt(random.Random(7), 31))
-    target.settle()
+    target.run_until_idle()
     assert not target.published(1)
     target.decide(0, *target.published(0)[0][:2])
-    target.settle()
+    target.run_until_idle()
     assert target.published(1)
     target.finish()
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from vllm_ssd.link import memory as memory_module
-from vllm_ssd.link.draft_probs import DraftLaws
+from vllm_ssd.link.draft_probs import DraftProbs
 from vllm_ssd.link.memory import SharedMemory
 from vllm_ssd.link.outcome_cache import OutcomeCache
 
@@ -71,7 +71,7 @@ def test_no_room_is_told_with_what_would_help(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(OSError, match=r"no memory for 8 MiB .*No space left.*max_num_seqs.*branch_budget"):
         OutcomeCache(1024, 64, 11, 1000)
     with pytest.raises(OSError, match=r"no memory for 8 MiB .*max_num_seqs.*ssd_verify='coupled'"):
-        DraftLaws(16, 4, 32768)
+        DraftProbs(16, 4, 32768)
 
 
 def test_no_descriptors_left(monkeypatch: pytest.MonkeyPatch) -> None:

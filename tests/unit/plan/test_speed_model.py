@@ -39,7 +39,7 @@ def test_a_perfect_draft_on_a_fast_device() -> None:
     assert prediction.tokens_per_second == pytest.approx(expected_tokens(0.8, 4) / 0.01, rel=1e-3)
 
 
-def test_a_draft_that_foresees_nothing_is_plain_decoding() -> None:
+def test_a_draft_that_predicts_nothing_is_plain_decoding() -> None:
     times = StepTimes(0.01, 0.0, 0.0001, 0.0)
     prediction = predict_ssd(times, PairStatistics(0.8, 1.0, 1e-9), 1, 4, 8, 64)
     assert prediction.tokens_per_second == pytest.approx(predict_plain(times, 1).tokens_per_second, rel=1e-6)

@@ -53,9 +53,9 @@ def test_a_figure_has_each_point_once(name: str) -> None:
     assert len({point.engine for point in points}) <= 8  # all are in memory together
 
 
-def test_the_power_law_is_found_again() -> None:
+def test_the_power_distribution_is_found_again() -> None:
     rows = [{"series": "a", "x": x, "hit_rate": 1 - 0.3 * x**-1.5} for x in (1, 2, 4, 8)]
-    (fit,) = ablate.fit_power_law(rows).values()
+    (fit,) = ablate.fit_power_distribution(rows).values()
     assert fit == pytest.approx({"miss": 0.3, "r": 1.5})
 
 

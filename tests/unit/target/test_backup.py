@@ -283,7 +283,7 @@ def test_auto_takes_what_is_measured_to_pay(
         draft.naps = 0
         kinds.append(auto.propose(missed(0), K, draft)[0].kind)
     assert set(kinds[:-1]) == {kind}
-    assert kinds[-1] != kind  # now and then the other, to go on measuring it
+    assert kinds[-1] != kind  # now and then the other, to continue measuring it
     draft.cache = None
     assert auto.propose(missed(0), K, draft)[0].kind == NGRAM
 

@@ -86,7 +86,7 @@ def test_the_draft_is_left_what_it_needs(worker: Any) -> None:
     assert worker._draft.supervisor.is_ready
 
 
-def test_with_ratio_the_laws_are_counted_as_well(worker: Any) -> None:
+def test_with_ratio_the_distributions_are_counted_as_well(worker: Any) -> None:
     worker._draft._ssd.ssd_verify = "ratio"
     assert worker.determine_available_memory() == int(TOTAL * 0.8) - TARGET - DRAFT - 2 * LOGITS
 

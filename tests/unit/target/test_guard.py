@@ -149,8 +149,8 @@ def test_what_else_the_runner_calls(bench: Guarded, monkeypatch: pytest.MonkeyPa
     b = bench.enter("b")
     plant(monkeypatch, bench.probs if point == "read" else bench.proposer, point)
     bench.guard.start("a", lambda: (bench.history["a"], Sampling()))
-    (law,) = bench.guard.laws(["a"], [1])
-    assert isinstance(law, PointMass)
+    (distribution,) = bench.guard.distributions(["a"], [1])
+    assert isinstance(distribution, PointMass)
     bench.guard.receive(["a"], [[50]], LookedUp(Plan(K, BUDGET), [[51, 52]]))
     if point != "start":
         assert bench.guard.verified("a") == [51, 52]  # they are, whatever the host does

@@ -10,7 +10,7 @@ import pytest
 from link import Link
 
 from vllm_ssd.link.counters import Counters, target_fields
-from vllm_ssd.link.draft_probs import DraftLaws
+from vllm_ssd.link.draft_probs import DraftProbs
 from vllm_ssd.link.messages import (
     Outcomes,
     RoundOutcome,
@@ -52,7 +52,7 @@ class Bench:
     def __init__(self, wait_s: float = 0.0) -> None:
         self.link = Link(
             OutcomeCache(SLOTS, BUDGET, K, VOCAB),
-            DraftLaws(SLOTS, K, VOCAB),
+            DraftProbs(SLOTS, K, VOCAB),
         )
         self.counters = Counters(target_fields(K))
         self.history = {name: list(tokens) for name, tokens in HISTORY.items()}
@@ -76,7 +76,7 @@ class Bench:
         assert isinstance(message, Start)
         return message
 
-    def laws(self, names: list[str], counts: list[int]) -> list[Any]:
+    def distributions(self, names: list[str], counts: list[int]) -> list[Any]:
         return self.probs.read([self.proposer.live(name) for name in names], counts)
 
     def outcomes(self) -> list[RoundOutcome]:
@@ -119,7 +119,7 @@ def test_hits_and_misses_in_one_batch(bench: Bench) -> None:
         1,
     )
     assert counted["drafts_served"] == 4
-    assert counted["fallback_ngram"] == 1
+    assert counted["backup_ngram"] == 1
     assert counted["undrafted"] == 0
     assert counted["critical_path_ns"] > 0
 
@@ -400,47 +400,49 @@ def test_nobody_waits_for_a_miss(clock: Clock) -> None:
     assert clock.naps == 0
 
 
-def test_the_law_of_drafts_that_were_drawn(bench: Bench) -> None:
+def test_the_distribution_of_drafts_that_were_drawn(bench: Bench) -> None:
     a = bench.start("a", 1.0)
     bench.start("b", 1.0)
     bench.link.publish(a, 0, 0, 50, [51, 52])
     bench.proposer.propose(["a", "b"], [[50], [60]])  # b gets n-gram drafts
-    law = np.random.default_rng(0).random((2, VOCAB), dtype=np.float32)
-    bench.link.table.publish(a.slot, a.epoch, 1, list(law))
-    found = bench.laws(["b", "a", "unknown"], [3, 1, 2])
+    distribution = np.random.default_rng(0).random((2, VOCAB), dtype=np.float32)
+    bench.link.table.publish(a.slot, a.epoch, 1, list(distribution))
+    found = bench.distributions(["b", "a", "unknown"], [3, 1, 2])
     assert isinstance(found[0], PointMass)
     assert isinstance(found[1], np.ndarray)
-    assert np.array_equal(found[1][:1], law[:1])
+    assert np.array_equal(found[1][:1], distribution[:1])
     assert isinstance(found[2], PointMass)
-    assert isinstance(bench.laws(["a"], [0])[0], PointMass)
-    assert bench.counters["laws_late"] == 0
+    assert isinstance(bench.distributions(["a"], [0])[0], PointMass)
+    assert bench.counters["draft_probs_late"] == 0
 
 
-def test_drafts_of_a_greedy_request_have_no_law(bench: Bench) -> None:
+def test_drafts_of_a_greedy_request_have_no_distribution(bench: Bench) -> None:
     a = bench.start("a")
     bench.link.publish(a, 0, 0, 50, [51])
     bench.proposer.propose(["a"], [[50]])
-    assert isinstance(bench.laws(["a"], [1])[0], PointMass)
+    assert isinstance(bench.distributions(["a"], [1])[0], PointMass)
 
 
-def test_laws_that_are_mostly_late_are_not_waited_for(bench: Bench, clock: Clock) -> None:
+def test_distributions_that_are_mostly_late_are_not_waited_for(bench: Bench, clock: Clock) -> None:
     a = bench.start("a", 1.0)
     bench.link.publish(a, 0, 0, 50, [51])
     bench.proposer.propose(["a"], [[50]])
     steps = 10 * served_probs.TRY_EVERY
     for _ in range(served_probs.FIRST_STEPS):
-        bench.laws(["a"], [1])
+        bench.distributions(["a"], [1])
     before = clock.now
     for _ in range(steps):
-        bench.laws(["a"], [1])
+        bench.distributions(["a"], [1])
     assert clock.now - before <= 1.1 * served_probs.DEADLINE_S * 10
     bench.link.table.publish(a.slot, a.epoch, 1, [np.ones(VOCAB, dtype=np.float32)])
     for _ in range(40 * served_probs.TRY_EVERY):  # now they are there when they are asked for
-        assert isinstance(bench.laws(["a"], [1])[0], np.ndarray)
+        assert isinstance(bench.distributions(["a"], [1])[0], np.ndarray)
 
 
 @pytest.mark.parametrize("wrong", ["round", "epoch", "depth", "nothing", "draft gone"])
-def test_a_law_that_does_not_come_is_not_waited_for_long(bench: Bench, clock: Clock, wrong: str) -> None:
+def test_a_distribution_that_does_not_come_is_not_waited_for_long(
+    bench: Bench, clock: Clock, wrong: str
+) -> None:
     a = bench.start("a", 1.0)
     bench.link.publish(a, 0, 0, 50, [51, 52])
     bench.proposer.propose(["a"], [[50]])
@@ -448,18 +450,21 @@ def test_a_law_that_does_not_come_is_not_waited_for_long(bench: Bench, clock: Cl
     if wrong != "nothing":
         bench.link.table.publish(a.slot, epoch, round_, [np.ones(VOCAB, dtype=np.float32)] * depth)
     bench.link.ready = wrong != "draft gone"
-    assert all(isinstance(law, PointMass) for law in bench.laws(["a", "a", "a"], [2, 2, 2]))
+    assert all(
+        isinstance(distribution, PointMass)
+        for distribution in bench.distributions(["a", "a", "a"], [2, 2, 2])
+    )
     assert clock.now - 100.0 <= 1.1 * served_probs.DEADLINE_S
-    assert bench.counters["laws_late"] == 3
+    assert bench.counters["draft_probs_late"] == 3
 
 
-def test_a_law_may_come_while_it_is_waited_for(bench: Bench, clock: Clock) -> None:
+def test_a_distribution_may_come_while_it_is_waited_for(bench: Bench, clock: Clock) -> None:
     a = bench.start("a", 1.0)
     bench.link.publish(a, 0, 0, 50, [51])
     bench.proposer.propose(["a"], [[50]])
-    law = np.ones(VOCAB, dtype=np.float32)
-    clock.on_nap = lambda: bench.link.table.publish(a.slot, a.epoch, 1, [law])
-    assert isinstance(bench.laws(["a"], [1])[0], np.ndarray)
+    distribution = np.ones(VOCAB, dtype=np.float32)
+    clock.on_nap = lambda: bench.link.table.publish(a.slot, a.epoch, 1, [distribution])
+    assert isinstance(bench.distributions(["a"], [1])[0], np.ndarray)
     assert clock.naps == 1
 
 
@@ -485,4 +490,4 @@ def test_a_plan_without_speculation(bench: Bench) -> None:
     assert isinstance(message, Outcomes)
     assert (message.num_drafts, message.branch_budget) == (0, 0)
     # Nobody asked, so nothing was missed.
-    assert [bench.counters[name] for name in ("fallback_ngram", "lookups", "late", "undrafted")] == [0] * 4
+    assert [bench.counters[name] for name in ("backup_ngram", "lookups", "late", "undrafted")] == [0] * 4

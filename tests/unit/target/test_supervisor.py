@@ -14,7 +14,7 @@ import torch
 from wire import configure
 
 from vllm_ssd.link.counters import DRAFT_FIELDS, Counters, target_fields
-from vllm_ssd.link.draft_probs import DraftLaws
+from vllm_ssd.link.draft_probs import DraftProbs
 from vllm_ssd.link.messages import (
     Configure,
     Failed,
@@ -219,12 +219,12 @@ def test_what_a_draft_process_inherits(bench: Bench, is_coupled: bool) -> None:
     assert bench.supervisor.cache.look_up([Outcome(1, 5, 2, 0, 10)]) == [[]]
     if is_coupled:
         assert process.inherited.draft_probs is None
-        assert bench.supervisor.laws is None
+        assert bench.supervisor.distributions is None
     else:
-        laws = DraftLaws(**sizes, descriptor=process.mapping("draft_probs"))
-        laws.publish(1, 5, 2, [np.ones(12, dtype=np.float32)])
-        assert bench.supervisor.laws is not None
-        assert bench.supervisor.laws.read(1, 5, 2, 1) is not None
+        distributions = DraftProbs(**sizes, descriptor=process.mapping("draft_probs"))
+        distributions.publish(1, 5, 2, [np.ones(12, dtype=np.float32)])
+        assert bench.supervisor.distributions is not None
+        assert bench.supervisor.distributions.read(1, 5, 2, 1) is not None
     with socket.socket(fileno=process.mapping("socket")) as end:
         Channel.last.end.sendall(b"hello")
         assert end.recv(5) == b"hello"

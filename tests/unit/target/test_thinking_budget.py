@@ -47,7 +47,7 @@ def without_drafts(prompt: list[int], budget: int | None) -> list[int]:
 
 
 def with_drafts(prompts: list[list[int]], budgets: list[int | None], rng: random.Random) -> list[list[int]]:
-    """As vLLM's rejection sampler goes on: the last place of each row first, then all before it."""
+    """As vLLM's rejection sampler continues: the last place of each row first, then all before it."""
     state = holder(K)
     outputs: list[list[int]] = [[] for _ in prompts]
     asked = [SimpleNamespace(thinking_token_budget=budget) for budget in budgets]

@@ -21,16 +21,16 @@ def test_tokens_do_not_depend_on_the_drafts(
     seeds = torch.arange(len(num_drafts)) ^ first_seed
     starts = torch.arange(len(num_drafts)) * 3 + 2
     is_greedy = torch.arange(len(num_drafts)) % 2 == 1
-    laws = torch.randn(len(num_drafts), 6, VOCAB)  # of each row's next six tokens
+    distributions = torch.randn(len(num_drafts), 6, VOCAB)  # of each row's next six tokens
     plain = [
-        draw(Places(seeds, starts + i, torch.zeros_like(seeds), is_greedy, VOCAB), laws[:, i])
+        draw(Places(seeds, starts + i, torch.zeros_like(seeds), is_greedy, VOCAB), distributions[:, i])
         for i in range(6)
     ]
     drafts = [data.draw(st.integers(0, VOCAB - 1)) for _ in range(sum(num_drafts))]
     places = Places(seeds, starts, torch.tensor(num_drafts), is_greedy, VOCAB)
     rows = list(range(len(num_drafts)))
-    bonus = draw(places, laws[rows, num_drafts])
-    logits = torch.cat([laws[row, :count] for row, count in zip(rows, num_drafts, strict=True)])
+    bonus = draw(places, distributions[rows, num_drafts])
+    logits = torch.cat([distributions[row, :count] for row, count in zip(rows, num_drafts, strict=True)])
     begin = 0
     for row, tokens in enumerate(verify(places, torch.tensor(drafts, dtype=torch.int64), logits, bonus)):
         mine = drafts[begin : begin + num_drafts[row]]

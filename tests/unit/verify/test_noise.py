@@ -1,4 +1,4 @@
-"""The keyed noise: the V2 sampler's integers, Gumbel's law, and independence of places."""
+"""The keyed noise: the V2 sampler's integers, Gumbel's distribution, and independence of places."""
 
 from __future__ import annotations
 
@@ -63,12 +63,15 @@ def test_noise_is_gumbel() -> None:
 @pytest.mark.parametrize("by", ["seed", "position"])
 def test_argmax_is_an_exact_sample(by: str) -> None:
     count = 40_000
-    law = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.049, 0.001])
+    distribution = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.049, 0.001])
     varied, fixed = torch.arange(count), torch.full((count,), 11)
     noise = gumbel(varied, fixed, 6) if by == "seed" else gumbel(fixed, varied, 6)
-    samples = (law.log() + noise).argmax(dim=-1)
+    samples = (distribution.log() + noise).argmax(dim=-1)
     counts = np.bincount(samples, minlength=6)
-    assert chisquare(counts, count * law.double().numpy() / law.double().sum().item()).pvalue > 1e-4
+    assert (
+        chisquare(counts, count * distribution.double().numpy() / distribution.double().sum().item()).pvalue
+        > 1e-4
+    )
     pairs = np.bincount(samples[:-1] * 6 + samples[1:], minlength=36)  # neighbours are independent
     expected = np.outer(counts, counts).ravel() / count
     usual = expected > 5

@@ -1,4 +1,4 @@
-"""Ratio verification: whatever the drafts are drawn from, the tokens have the target's law."""
+"""Ratio verification: whatever the drafts are drawn from, the tokens have the target's distribution."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import Tensor
 from vllm_ssd.draft.sampling import saguaro
 from vllm_ssd.verify import ratio
 from vllm_ssd.verify.noise import draft_seed, gumbel
-from vllm_ssd.verify.ratio import DraftLaw, PointMass, verify
+from vllm_ssd.verify.ratio import DraftDistribution, PointMass, verify
 from vllm_ssd.verify.verification import Places, draw
 
 VOCAB, COUNT = 6, 20_000
 P = torch.tensor([0.4, 0.25, 0.2, 0.1, 0.05, 0.0])
 Q = torch.tensor([0.1, 0.5, 0.05, 0.05, 0.2, 0.1])
-AFTER = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.1, 0.5])  # the target's law after the draft
+AFTER = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.1, 0.5])  # the target's distribution after the draft
 
 
-def drawn(law: Tensor, seeds: Tensor, position: int) -> Tensor:
+def drawn(distribution: Tensor, seeds: Tensor, position: int) -> Tensor:
     """[n] as the draft draws."""
     own = torch.tensor(draft_seeds(tuple(seeds.tolist())))
-    return (law.log() + gumbel(own, torch.full_like(seeds, position), VOCAB)).argmax(dim=-1)
+    return (distribution.log() + gumbel(own, torch.full_like(seeds, position), VOCAB)).argmax(dim=-1)
 
 
 @cache
@@ -34,36 +34,38 @@ def draft_seeds(seeds: tuple[int, ...]) -> list[int]:
     return [draft_seed(seed, 1, 0) for seed in seeds]
 
 
-def verified(law: DraftLaw, drafts: Tensor, seeds: Tensor, is_greedy: bool = False) -> list[list[int]]:
+def verified(
+    distribution: DraftDistribution, drafts: Tensor, seeds: Tensor, is_greedy: bool = False
+) -> list[list[int]]:
     """One draft a row, all rows in one step."""
     ones = torch.ones_like(seeds)
     places = Places(seeds, 7 * ones, ones, torch.full(seeds.shape, is_greedy), VOCAB)
     logits = P.log().repeat(len(seeds), 1)
     bonus = draw(places, AFTER.log().repeat(len(seeds), 1))
-    return verify(places, [law] * len(seeds), drafts, logits, bonus)
+    return verify(places, [distribution] * len(seeds), drafts, logits, bonus)
 
 
-def p_value(tokens: list[int], law: Tensor) -> float:
-    counts, possible = np.bincount(tokens, minlength=VOCAB), law.numpy() > 0
+def p_value(tokens: list[int], distribution: Tensor) -> float:
+    counts, possible = np.bincount(tokens, minlength=VOCAB), distribution.numpy() > 0
     assert not counts[~possible].any()
-    expected = law.double().numpy()[possible]
+    expected = distribution.double().numpy()[possible]
     return float(chisquare(counts[possible], len(tokens) * expected / expected.sum()).pvalue)
 
 
-def as_law(q: Tensor) -> DraftLaw:
+def as_distribution(q: Tensor) -> DraftDistribution:
     return q[None, :].numpy()
 
 
 @pytest.mark.parametrize("c", [1.0, 0.5, 0.1])
 def test_drawn_drafts(c: float) -> None:
     seeds = torch.arange(COUNT)
-    law = saguaro(Q[None, :], 2, c)[0]
-    drafts = drawn(law, seeds, 7)
-    rows = verified(as_law(law), drafts, seeds)
+    distribution = saguaro(Q[None, :], 2, c)[0]
+    drafts = drawn(distribution, seeds, 7)
+    rows = verified(as_distribution(distribution), drafts, seeds)
     assert p_value([row[0] for row in rows], P) > 1e-3
     assert p_value([row[1] for row in rows if len(row) == 2], AFTER) > 1e-3
     share = sum(len(row) == 2 for row in rows) / COUNT
-    assert share == pytest.approx(torch.minimum(P, law).sum().item(), abs=0.02)
+    assert share == pytest.approx(torch.minimum(P, distribution).sum().item(), abs=0.02)
 
 
 def test_point_masses() -> None:
@@ -73,7 +75,7 @@ def test_point_masses() -> None:
     assert sum(len(row) == 2 for row in rows) / COUNT == pytest.approx(P[2].item(), abs=0.02)
 
 
-def test_a_law_that_did_not_come_costs_acceptance_only() -> None:
+def test_a_distribution_that_did_not_come_costs_acceptance_only() -> None:
     """Any draft may count as a point mass, also one that was drawn."""
     seeds = torch.arange(COUNT)
     rows = verified(PointMass(), drawn(Q, seeds, 7), seeds)
@@ -95,50 +97,57 @@ def test_a_token_that_cannot_be_is_never_accepted(monkeypatch: pytest.MonkeyPatc
     if u_is_zero:
         monkeypatch.setattr(ratio, "uniform", lambda seeds, positions: torch.zeros(seeds.shape))
     seeds = torch.arange(COUNT)
-    for law in (PointMass(), as_law(Q)):
-        rows = verified(law, torch.full_like(seeds, 5), seeds)
+    for distribution in (PointMass(), as_distribution(Q)):
+        rows = verified(distribution, torch.full_like(seeds, 5), seeds)
         assert all(row != [5] and len(row) == 1 for row in rows)
 
 
-def test_drafts_of_the_targets_own_law_are_all_accepted() -> None:
+def test_drafts_of_the_targets_own_distribution_are_all_accepted() -> None:
     seeds = torch.arange(COUNT)
-    assert {len(row) for row in verified(as_law(P), drawn(P, seeds, 7), seeds)} == {2}
+    assert {len(row) for row in verified(as_distribution(P), drawn(P, seeds, 7), seeds)} == {2}
 
 
 def test_a_greedy_row_keeps_the_likeliest_token_alone() -> None:
     seeds = torch.arange(50)
-    assert {len(row) for row in verified(as_law(Q), torch.zeros_like(seeds), seeds, True)} == {2}
-    assert verified(as_law(Q), torch.ones_like(seeds), seeds, True) == [[0]] * 50
+    assert {len(row) for row in verified(as_distribution(Q), torch.zeros_like(seeds), seeds, True)} == {2}
+    assert verified(as_distribution(Q), torch.ones_like(seeds), seeds, True) == [[0]] * 50
 
 
-@pytest.mark.parametrize("fault", ["law of another temperature", "greedy acceptance", "noise shared"])
+@pytest.mark.parametrize(
+    "fault", ["distribution of another temperature", "greedy acceptance", "noise shared"]
+)
 def test_faults_would_show(fault: str) -> None:
     """The tests above have the power to fail."""
     seeds = torch.arange(COUNT)
     drafts = drawn(Q, seeds, 7)
-    if fault == "law of another temperature":
-        rows = verified(as_law((Q.log() / 0.7).softmax(dim=-1)), drafts, seeds)
+    if fault == "distribution of another temperature":
+        rows = verified(as_distribution((Q.log() / 0.7).softmax(dim=-1)), drafts, seeds)
     elif fault == "greedy acceptance":
-        rows = verified(as_law(Q), drafts, seeds, is_greedy=True)
+        rows = verified(as_distribution(Q), drafts, seeds, is_greedy=True)
     else:
         drafts = (Q.log() + gumbel(seeds, torch.full_like(seeds, 7), VOCAB)).argmax(dim=-1)
-        rows = verified(as_law(Q), drafts, seeds)
+        rows = verified(as_distribution(Q), drafts, seeds)
     assert p_value([row[0] for row in rows], P) < 1e-6
 
 
 def test_rows_of_every_kind_in_one_step() -> None:
     torch.manual_seed(0)
-    laws: list[DraftLaw] = [as_law(Q).repeat(3, axis=0), PointMass(), PointMass(), PointMass()]
+    distributions: list[DraftDistribution] = [
+        as_distribution(Q).repeat(3, axis=0),
+        PointMass(),
+        PointMass(),
+        PointMass(),
+    ]
     num_drafts = [2, 1, 2, 0]
     seeds = torch.arange(4)
     places = Places(seeds, seeds + 3, torch.tensor(num_drafts), seeds < 0, VOCAB)
     logits = torch.randn(5, VOCAB)
     bonus = torch.arange(4)
     drafts = torch.tensor([1, 0, 3, -1, -1])
-    together = verify(places, laws, drafts, logits, bonus)
+    together = verify(places, distributions, drafts, logits, bonus)
     begin = 0
     for row, count in enumerate(num_drafts):
         part, one = slice(begin, begin + count), slice(row, row + 1)
         alone = Places(seeds[one], seeds[one] + 3, torch.tensor([count]), seeds[one] < 0, VOCAB)
-        assert verify(alone, [laws[row]], drafts[part], logits[part], bonus[one]) == [together[row]]
+        assert verify(alone, [distributions[row]], drafts[part], logits[part], bonus[one]) == [together[row]]
         begin += count

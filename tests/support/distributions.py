@@ -1,4 +1,4 @@
-"""The exact law of sampled output on a model of few tokens, by enumeration, and tests against it.
+"""The exact distribution of sampled output on a model of few tokens, by enumeration, and tests against it.
 
 With VLLM_SSD_FULL=1 each path is sampled 20,000 times and may be rejected at p < 0.001 over all tests;
 that takes half an hour on two cores.
@@ -26,7 +26,7 @@ FULL = os.environ.get("VLLM_SSD_FULL") == "1"
 VOCAB = 8
 PROMPT = (2, 5, 3, 7, 2, 5, 3)
 NUM_TOKENS, NUM_ENUMERATED = 7, 3
-NUM_SAMPLES = 20_000 if FULL else 1_600  # of each path, over its laws
+NUM_SAMPLES = 20_000 if FULL else 1_600  # of each path, over its distributions
 NUM_TESTS = 100  # statistical tests in all, at most
 REJECT = 1e-3 / NUM_TESTS if FULL else 1e-3
 CERTAIN = 1e-6
@@ -35,7 +35,7 @@ Float64Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Law:
+class Distribution:
     """The target's distribution of each next token, as the sampling parameters shape it."""
 
     temperature: float
@@ -49,7 +49,7 @@ class Law:
 
     @torch.inference_mode()
     def next_tokens(self, model: LlamaForCausalLM, outputs: Sequence[Sequence[int]]) -> Float64Array:
-        """[outputs, length, VOCAB]: the law of each output token, given the prompt and those before it."""
+        """[outputs, length, VOCAB]: distribution of each output token, after the prompt and those before."""
         sequences = np.array([[*self.prompt, *output] for output in outputs])
         logits = (
             model(input_ids=torch.tensor(sequences)).logits.double().numpy()[:, len(self.prompt) - 1 : -1]
@@ -61,12 +61,12 @@ class Law:
         rank = np.argsort(order, axis=-1)
         if self.top_k:
             logits = np.where(rank < self.top_k, logits, -np.inf)
-        law = np.exp(logits - logits.max(axis=-1, keepdims=True))
-        law /= law.sum(axis=-1, keepdims=True)
-        likeliest_first = np.take_along_axis(law, order, axis=-1)
+        distribution = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        distribution /= distribution.sum(axis=-1, keepdims=True)
+        likeliest_first = np.take_along_axis(distribution, order, axis=-1)
         before = np.cumsum(likeliest_first, axis=-1) - likeliest_first
-        law = np.where(np.take_along_axis(before, rank, axis=-1) < self.top_p, law, 0.0)
-        return law / law.sum(axis=-1, keepdims=True)
+        distribution = np.where(np.take_along_axis(before, rank, axis=-1) < self.top_p, distribution, 0.0)
+        return distribution / distribution.sum(axis=-1, keepdims=True)
 
     def _penalised(self, logits: Float64Array, sequences: npt.NDArray[np.int64]) -> Float64Array:
         """As vLLM defines the three penalties: repetition counts the prompt, the others do not."""
@@ -80,7 +80,7 @@ class Law:
         return logits - self.frequency_penalty * seen - self.presence_penalty * (seen > 0)
 
     def sampling_params(self) -> Any:
-        """What a request of this law asks for."""
+        """What a request of this distribution asks for."""
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
 
@@ -93,11 +93,11 @@ class Law:
         return SamplingParams(**options, max_tokens=NUM_TOKENS, ignore_eos=True)
 
     def of_first_tokens(self, model: LlamaForCausalLM) -> dict[tuple[int, ...], float]:
-        """The joint law of the first tokens, by enumeration."""
+        """The joint distribution of the first tokens, by enumeration."""
         outputs = list(itertools.product(range(VOCAB), repeat=NUM_ENUMERATED))
         return {
-            tokens: float(np.prod([law[i, token] for i, token in enumerate(tokens)]))
-            for tokens, law in zip(outputs, self.next_tokens(model, outputs), strict=True)
+            tokens: float(np.prod([distribution[i, token] for i, token in enumerate(tokens)]))
+            for tokens, distribution in zip(outputs, self.next_tokens(model, outputs), strict=True)
         }
 
 
@@ -116,24 +116,24 @@ def pearson(observed: Sequence[float], expected: Sequence[float]) -> float:
     return float(chisquare(counts, means * counts.sum() / means.sum()).pvalue)
 
 
-def p_of_first_tokens(model: LlamaForCausalLM, samples: list[list[int]], law: Law) -> float:
-    joint = law.of_first_tokens(model)
+def p_of_first_tokens(model: LlamaForCausalLM, samples: list[list[int]], distribution: Distribution) -> float:
+    joint = distribution.of_first_tokens(model)
     counts = dict.fromkeys(joint, 0)
     for sample in samples:
         counts[tuple(sample[:NUM_ENUMERATED])] += 1
     return pearson([counts[tokens] for tokens in joint], [len(samples) * p for p in joint.values()])
 
 
-def p_of_all_tokens(model: LlamaForCausalLM, samples: list[list[int]], law: Law) -> float:
+def p_of_all_tokens(model: LlamaForCausalLM, samples: list[list[int]], distribution: Distribution) -> float:
     """All tokens of all positions, and neighbours jointly.
 
-    Each token becomes a number that is uniform and independent of the others if the law is right: a random
-    point of the token's interval, where the tokens' probabilities lie side by side, likeliest first.
+    Each token becomes a number that is uniform and independent of the others if the distribution is right: a
+    random point of the token's interval, where the tokens' probabilities lie side by side, likeliest first.
     """
-    laws = law.next_tokens(model, samples)
+    distributions = distribution.next_tokens(model, samples)
     tokens = np.array(samples)[..., None]
-    chosen = np.take_along_axis(laws, tokens, axis=-1)
-    before = np.where(laws > chosen, laws, 0.0).sum(axis=-1)
+    chosen = np.take_along_axis(distributions, tokens, axis=-1)
+    before = np.where(distributions > chosen, distributions, 0.0).sum(axis=-1)
     points = before + np.random.default_rng(0).random(before.shape) * chosen[..., 0]
     cells = np.minimum((points * 6).astype(int), 5)
     if (chosen <= 0).any():
@@ -143,28 +143,32 @@ def p_of_all_tokens(model: LlamaForCausalLM, samples: list[list[int]], law: Law)
     return 2 * min(float(chisquare(pairs).pvalue), float(chisquare(fine).pvalue))
 
 
-def sample(llm: Any, laws: Sequence[Law], count: int) -> list[list[list[int]]]:
-    """[laws][count][NUM_TOKENS]: samples of each law, all in the same batches."""
-    params = [law.sampling_params() for law in laws]
-    outputs = generate(llm, [list(law.prompt) for law in laws] * count, params * count)
-    return [outputs[index :: len(laws)] for index in range(len(laws))]
+def sample(llm: Any, distributions: Sequence[Distribution], count: int) -> list[list[list[int]]]:
+    """[distributions][count][NUM_TOKENS]: samples of each distribution, all in the same batches."""
+    params = [distribution.sampling_params() for distribution in distributions]
+    outputs = generate(
+        llm, [list(distribution.prompt) for distribution in distributions] * count, params * count
+    )
+    return [outputs[index :: len(distributions)] for index in range(len(distributions))]
 
 
-def p_values(model: LlamaForCausalLM, llm: Any, laws: Sequence[Law], count: int) -> dict[Any, float]:
-    """Of new samples, two tests for each law."""
+def p_values(
+    model: LlamaForCausalLM, llm: Any, distributions: Sequence[Distribution], count: int
+) -> dict[Any, float]:
+    """Of new samples, two tests for each distribution."""
     return {
-        (law, test.__name__): test(model, samples, law)
-        for law, samples in zip(laws, sample(llm, laws, count), strict=True)
+        (distribution, test.__name__): test(model, samples, distribution)
+        for distribution, samples in zip(distributions, sample(llm, distributions, count), strict=True)
         for test in (p_of_first_tokens, p_of_all_tokens)
     }
 
 
 def assert_exact(
-    model: LlamaForCausalLM, llm: Any, laws: Sequence[Law], num_samples: int = NUM_SAMPLES
+    model: LlamaForCausalLM, llm: Any, distributions: Sequence[Distribution], num_samples: int = NUM_SAMPLES
 ) -> None:
     """Not rejected; or if by chance, then (but in the full run) not again on new samples."""
     for attempt in (1,) if FULL else (1, 2):
-        found = p_values(model, llm, laws, num_samples // len(laws))
+        found = p_values(model, llm, distributions, num_samples // len(distributions))
         print(attempt, found)
         if min(found.values()) >= REJECT:
             return
@@ -172,8 +176,8 @@ def assert_exact(
 
 
 def assert_rejected(
-    model: LlamaForCausalLM, llm: Any, laws: Sequence[Law], num_samples: int = NUM_SAMPLES
+    model: LlamaForCausalLM, llm: Any, distributions: Sequence[Distribution], num_samples: int = NUM_SAMPLES
 ) -> None:
-    found = p_values(model, llm, laws, num_samples // len(laws))
+    found = p_values(model, llm, distributions, num_samples // len(distributions))
     print(found)
     assert min(found.values()) < CERTAIN
