@@ -20,7 +20,7 @@ import pytest
 from engines import Engines, generate, greedy_params, is_running, ssd, stats
 
 from vllm_ssd.link.counters import Counters
-from vllm_ssd.link.messages import Sampling
+from vllm_ssd.link.messages import Configure, Sampling
 from vllm_ssd.link.outcome_cache import OutcomeCache
 from vllm_ssd.target import supervisor
 from vllm_ssd.target.launch import DraftProcess
@@ -157,7 +157,7 @@ def test_nothing_of_ours_has_a_name(serving: Serving) -> None:
     ours = {file for file in (*files_of(draft), *files_of(psutil.Process())) if "ssd" in Path(file).name}
     assert {file.removesuffix(" (deleted)") for file in ours} == {"/memfd:vllm-ssd"}
     named = [file for file in files_of(draft) if file.startswith(("/dev/shm/", tempfile.gettempdir()))]
-    assert not [file for file in named if not file.endswith((".safetensors", "(deleted)"))]
+    assert not [file for file in named if Path(file).exists() and not file.endswith(".safetensors")]
 
 
 def files_of(process: psutil.Process) -> list[str]:
@@ -168,8 +168,11 @@ def files_of(process: psutil.Process) -> list[str]:
 class Sleeper(DraftProcess):
     """In place of a draft: lives, and never becomes ready."""
 
-    def __init__(self, configure: object) -> None:
-        self._process = subprocess.Popen(["sleep", "1000"], stdin=subprocess.PIPE)
+    def __init__(self, configure: Configure) -> None:
+        assert configure.inherited is not None
+        self._process = subprocess.Popen(
+            ["sleep", "1000"], stdin=subprocess.PIPE, pass_fds=configure.inherited.all()
+        )
 
 
 class Quitter(DraftProcess):
