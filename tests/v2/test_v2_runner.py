@@ -139,7 +139,7 @@ def test_greedy_and_seeded_tokens_are_those_without_speculation(
     assert metric(llm, "vllm:num_preemptions") > 0
     assert metric(llm, "vllm:spec_decode_num_accepted_tokens") > 0
     let_finished_go(llm)
-    assert not in_worker(llm, lambda worker: worker.model_runner.speculator._histories)
+    assert not in_worker(llm, lambda worker: worker.model_runner.speculator._histories._tokens)
 
 
 def is_deferred(llm: Any) -> bool:
@@ -168,7 +168,7 @@ def watch_histories(worker: Any) -> None:
 
     def remove(request_id: str) -> None:
         speculator.proposed()  # its last round is received: else it may leave before the thread has seen that
-        if request_id in speculator._histories:
+        if request_id in speculator._histories._tokens:
             speculator.watched.append(speculator.history(request_id))
         stock(request_id)
 
