@@ -156,7 +156,9 @@ def test_nothing_of_ours_has_a_name(serving: Serving) -> None:
     draft = psutil.Process(serving.pid)
     ours = {file for file in (*files_of(draft), *files_of(psutil.Process())) if "ssd" in Path(file).name}
     assert {file.removesuffix(" (deleted)") for file in ours} == {"/memfd:vllm-ssd"}
-    named = [file for file in files_of(draft) if file.startswith(("/dev/shm/", tempfile.gettempdir()))]
+    places = ("/dev/shm/", tempfile.gettempdir())
+    installed = (sys.prefix, sys.base_prefix, str(Path(__file__).parents[2]))  # which may lie there, too
+    named = {file for file in files_of(draft) if file.startswith(places) and not file.startswith(installed)}
     assert not [file for file in named if Path(file).exists() and not file.endswith(".safetensors")]
 
 
@@ -246,19 +248,20 @@ def test_an_exception_that_stays_costs_one_request_its_drafts(
 ) -> None:
     """Whatever it is about that request: the others have drafts again two rounds later."""
     stock, failures = Proposer._rows, stats(serving.llm)["failures"]
-    poison = len(prompts()[0])
+    poison: list[str] = []
 
     def fail_for_one(self: Proposer, request_ids: Any, *args: Any) -> Any:
-        live = [self._live[name] for name in request_ids if name in self._live]
-        if any(request.length == poison and not request.is_excluded for request in live):
+        poison.extend(request_ids[: 1 - len(poison)])
+        request = self._live.get(poison[0])
+        if poison[0] in request_ids and request is not None and not request.is_excluded:
             raise RuntimeError("planted")
         return stock(self, request_ids, *args)
 
     monkeypatch.setattr(Proposer, "_rows", fail_for_one)
-    hits = stats(serving.llm)["hits"]
     serving.answer()
-    assert stats(serving.llm)["hits"] > hits
-    assert failures < stats(serving.llm)["failures"] <= failures + 4
+    # The step in which it showed, and once more by itself.
+    assert stats(serving.llm)["failures"] == failures + 2
+    serving.wait_for_hits()
 
 
 def wait_until(done: Callable[[], bool], what: str) -> None:
