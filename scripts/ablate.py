@@ -25,28 +25,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench import (
-    Contestant,
-    Measurements,
-    make_prompts,
-    room_for,
-    summarise,
-    turn_order,
-)
+from arguments import parse_number
+from bench import make_prompts, room_for, turn_order
+from bench_rows import Contestant, Measurements, summarise
 from harness import (
     Cores,
     EngineSpec,
     GenerationTask,
     Progress,
     choose_cores,
-    describe_run,
     engine_args,
     exit_on_signals,
-    parse_number,
-    provenance,
     running_engines,
-    write_json,
 )
+from provenance import describe_run, provenance, write_json
 from rich.console import Console
 
 K = 6

@@ -23,6 +23,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from arguments import parse_number, parse_numbers, parse_object
 from harness import (
     EngineFailed,
     EngineProcess,
@@ -32,15 +33,11 @@ from harness import (
     Progress,
     TopTwo,
     choose_cores,
-    describe_run,
     engine_args,
     exit_on_signals,
-    parse_number,
-    parse_numbers,
-    parse_object,
     running_engines,
-    write_json,
 )
+from provenance import describe_run, write_json
 from rich.console import Console
 
 MIN_OUT_TOKENS, MAX_OUT_TOKENS = 48, 64

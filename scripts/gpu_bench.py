@@ -26,8 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from arguments import parse_number
 from gpu_parts import DRY, REAL, SINGLE, Sizes, check_pair, dtype_name
-from harness import describe_run, exit_on_signals, parse_number, provenance, write_json
+from harness import exit_on_signals
+from provenance import describe_run, provenance, write_json
 from rich.console import Console
 
 SCRIPTS = Path(__file__).parent

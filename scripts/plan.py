@@ -18,7 +18,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from harness import parse_number, parse_numbers, write_json
+from arguments import parse_number, parse_numbers
+from provenance import write_json
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table

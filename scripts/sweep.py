@@ -21,7 +21,9 @@ from statistics import mean, median
 from typing import Any
 
 import numpy as np
-from bench import make_prompts, room_for, rounded, turn_order
+from arguments import parse_number
+from bench import make_prompts, room_for, turn_order
+from bench_rows import rounded
 from harness import (
     EngineProcess,
     EngineSpec,
@@ -29,14 +31,11 @@ from harness import (
     GenerationTask,
     Progress,
     choose_cores,
-    describe_run,
     engine_args,
     exit_on_signals,
-    parse_number,
-    provenance,
     running_engines,
-    write_json,
 )
+from provenance import describe_run, provenance, write_json
 from rich.console import Console
 from scipy.optimize import brentq, least_squares
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 Pair = tuple[Path, Path]
+NO_CORE = 4096
 
 
 def create(pair: Pair, engine: dict[str, Any] | None = None, **speculative: Any) -> Any:
@@ -32,3 +34,17 @@ def refusal(pair: Pair, engine: dict[str, Any] | None = None, **speculative: Any
 def assert_one_line(lines: list[str], *parts: str) -> None:
     matching = [line for line in lines if all(part in line for part in parts)]
     assert len(matching) == 1, lines
+
+
+def on_cuda(monkeypatch: pytest.MonkeyPatch, num_devices: int) -> None:
+    from vllm_ssd import config, placement
+
+    stand_in = SimpleNamespace(
+        is_cpu=lambda: False,
+        is_cuda=lambda: True,
+        device_count=lambda: num_devices,
+        device_type="cuda",
+        get_device_total_memory=lambda index: (40 + index) << 30,
+    )
+    for module in (config, placement):
+        monkeypatch.setattr(module, "current_platform", stand_in)

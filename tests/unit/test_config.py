@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import pickle
@@ -14,26 +13,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import hub
-import numpy as np
 import pytest
-import torch
-from configs import Pair, assert_one_line, create, refusal
+from configs import NO_CORE, Pair, assert_one_line, create, refusal
 
-import vllm_ssd
-
-NO_CORE = 4096
-
-
-@pytest.fixture(scope="module", autouse=True)
-def registered() -> None:
-    vllm_ssd.register()
-
-
-@pytest.fixture(autouse=True)
-def bound_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The target bound to the first core, whatever earlier tests left."""
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", str(min(os.sched_getaffinity(0))))
-    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+pytestmark = pytest.mark.usefixtures("bound_target")
 
 
 def test_only_model_and_number_are_needed(pair: Pair) -> None:
@@ -329,84 +312,6 @@ def test_drafts_of_unsupported_kinds(attribute: str, said: str) -> None:
     assert len(str(error.value).splitlines()) == 1
 
 
-def on_cuda(monkeypatch: pytest.MonkeyPatch, num_devices: int) -> None:
-    from vllm_ssd import config, placement
-
-    stand_in = SimpleNamespace(
-        is_cpu=lambda: False,
-        is_cuda=lambda: True,
-        device_count=lambda: num_devices,
-        device_type="cuda",
-        get_device_total_memory=lambda index: (40 + index) << 30,
-    )
-    for module in (config, placement):
-        monkeypatch.setattr(module, "current_platform", stand_in)
-
-
-def test_another_platform(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_ssd import config
-
-    monkeypatch.setattr(
-        config, "current_platform", SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False)
-    )
-    assert_one_line(refusal(pair), "CUDA and on the CPU only")
-
-
-@pytest.mark.parametrize(
-    ("num_devices", "asked", "device"),
-    [(1, None, "cuda:0"), (2, None, "cuda:1"), (4, "cuda:2", "cuda:2")],
-)
-def test_the_drafts_gpu(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch, num_devices: int, asked: str | None, device: str
-) -> None:
-    on_cuda(monkeypatch, num_devices)
-    config = create(pair, ssd_draft_device=asked)
-    place = config.speculative_config.placement
-    assert place.device == device
-    assert place.memory_bytes == 4 << 30
-    assert config.speculative_config.ssd_draft_device == asked
-    assert config.parallel_config.worker_cls == "vllm_ssd.target.worker_cuda.SSDWorker"
-    assert len(place.cores) == len(os.sched_getaffinity(0))
-    assert not place.engine_cores
-
-
-def test_a_gpu_that_does_not_exist(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    on_cuda(monkeypatch, 2)
-    assert_one_line(refusal(pair, ssd_draft_device="cuda:2"), "ssd_draft_device='cuda:2'", "cuda:1")
-
-
-def test_on_cuda_the_planner_needs_a_scheduler_that_waits(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    on_cuda(monkeypatch, 2)
-    lines = refusal(pair, {"async_scheduling": True}, ssd_planner=True)
-    assert_one_line(lines, "ssd_planner", "async_scheduling")
-
-
-def test_with_ray_the_drafts_gpu_is_named(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_ssd.placement import _choose_device
-
-    on_cuda(monkeypatch, 4)
-    parallel = SimpleNamespace(distributed_executor_backend="ray", assigned_physical_gpu_ids=None)
-    with pytest.raises(ValueError, match="ssd_draft_device"):
-        _choose_device(None, parallel)
-    assert _choose_device("cuda:3", parallel) == "cuda:3"
-
-
-def test_beside_chosen_gpus_the_drafts_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_ssd.placement import _choose_device
-
-    on_cuda(monkeypatch, 4)
-    parallel = SimpleNamespace(distributed_executor_backend="mp", assigned_physical_gpu_ids=[2, 3])
-    with pytest.raises(ValueError, match=r"\[2, 3\].*ssd_draft_device"):
-        _choose_device(None, parallel)
-    assert _choose_device("cuda:0", parallel) == "cuda:0"
-
-
-def test_a_gpu_where_there_is_none(pair: Pair) -> None:
-    assert_one_line(refusal(pair, ssd_draft_device="cuda:0"), "no GPU here")
-
-
 def test_every_option_that_is_not_honoured_is_refused(pair: Pair) -> None:
     """Also those of a later vLLM."""
     from vllm.config.speculative import SpeculativeConfig
@@ -451,22 +356,6 @@ def test_a_config_that_is_made_again(pair: Pair) -> None:
             assert getattr(again, name) == getattr(ssd, name), name
 
 
-def test_a_place_once_chosen_stays(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the engine's processes too, which may be bound to other cores than the frontend, and see others."""
-    ssd = create(pair).speculative_config
-    pickled = pickle.dumps(ssd)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {NO_CORE})
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", str(NO_CORE))
-    again = pickle.loads(pickled)
-    again.__post_init__()
-    assert again.placement == ssd.placement
-    assert again.ssd_draft_cores is None
-
-
-def test_the_place_is_no_option(pair: Pair) -> None:
-    assert any("placement" in line for line in refusal(pair, placement={"device": "cpu"}))
-
-
 def test_a_verification_that_fits_no_step(pair: Pair) -> None:
     engine = {"max_num_batched_tokens": 4, "max_num_seqs": 4, "enable_chunked_prefill": True}
     assert_one_line(
@@ -481,138 +370,3 @@ def test_another_system(pair: Pair, monkeypatch: pytest.MonkeyPatch, system: str
     monkeypatch.setattr(platform, "system", lambda: system)
     monkeypatch.delattr(os, "sched_getaffinity")
     assert_one_line(refusal(pair), "Linux only", system)
-
-
-FIRST = min(os.sched_getaffinity(0))
-# option, as written (for a shell and in JSON, or for Python alone), as it is then
-WRITTEN: list[tuple[str, str | None, Any, Any]] = [
-    ("num_speculative_tokens", "4", "4", 4),
-    ("ssd_branch_budget", "10", 10, 10),
-    ("ssd_branch_budget", None, np.int64(10), 10),
-    ("ssd_branch_budget", None, 10.0, 10),
-    ("ssd_branch_budget", None, "10", 10),
-    ("ssd_fanout", "geometric", "geometric", "geometric"),
-    ("ssd_fanout", "[4,1,1,1,1]", [4, 1, 1, 1, 1], [4, 1, 1, 1, 1]),
-    ("ssd_fanout", "4,1,1,1,1", (4, 1, 1, 1, 1), [4, 1, 1, 1, 1]),
-    ("ssd_max_rows", "1k", 1000, 1000),
-    ("ssd_verify", "ratio", "ratio", "ratio"),
-    ("ssd_saguaro_c", "1", 1, 1.0),
-    ("ssd_backup", "ngram", "ngram", "ngram"),
-    ("ssd_planner", "true", True, True),
-    ("ssd_planner", "false", "false", False),
-    ("ssd_planner", None, 1, True),
-    ("ssd_draft_device", "cpu", torch.device("cpu"), "cpu"),
-    ("ssd_draft_cores", str(FIRST), FIRST, str(FIRST)),
-    ("ssd_draft_cores", f"{FIRST},{FIRST}", [FIRST, FIRST], str(FIRST)),
-    ("ssd_draft_cores", f"{FIRST}-{FIRST}", (str(FIRST),), str(FIRST)),
-    ("ssd_draft_cores", None, range(FIRST, FIRST + 1), str(FIRST)),
-    ("ssd_draft_cores", None, np.array([FIRST]), str(FIRST)),
-    ("ssd_draft_cores", None, np.int64(FIRST), str(FIRST)),
-    ("ssd_draft_dtype", "bfloat16", torch.bfloat16, "bfloat16"),
-    ("ssd_draft_memory", "1", 1, 1.0),
-    ("ssd_draft_memory", "0.25", "0.25", 0.25),
-    ("ssd_draft_memory", "1.5GiB", "1.5 GiB", 1.5),
-    ("ssd_draft_memory", "512MiB", "512 mib", 0.5),
-    ("ssd_draft_memory", None, "0.5G", 0.5),
-    ("ssd_draft_memory", None, "1g", 1e9 / 2**30),
-    ("ssd_draft_memory", None, "1GB", 1e9 / 2**30),
-    ("ssd_prefill_chunk", "1k", 1000, 1000),
-    ("ssd_wait_ms", "2", 2, 2.0),
-    ("ssd_ready_timeout", "60", "60", 60.0),
-    ("ssd_stall_timeout", "1e1", 10, 10.0),
-]
-
-
-@pytest.mark.parametrize(
-    ("option", "text", "value", "expected"), WRITTEN, ids=[f"{row[0]}={row[2]!r}" for row in WRITTEN]
-)
-def test_what_the_front_ends_make_of_an_option(
-    pair: Pair, tmp_path: Path, option: str, text: str | None, value: Any, expected: Any
-) -> None:
-    """Python, JSON, a dotted option of the command line, and YAML."""
-    more: dict[str, Any] = {"ssd_verify": "ratio"} if option == "ssd_saguaro_c" else {}
-    assert getattr(create(pair, **more | {option: value}).speculative_config, option) == expected
-    if text is None:
-        return
-    options = {"method": "ssd", "model": str(pair[1]), "num_speculative_tokens": 4} | more
-    options.pop(option, None)
-    file = tmp_path / "engine.yaml"
-    # Text with a comma or a dash is text in YAML too; numbers with a k are, unlike on the command line.
-    value_in_yaml = json.dumps(value) if text.endswith("k") else text
-    lines = [f"  {name}: {json.dumps(given)}" for name, given in options.items()]
-    file.write_text(
-        "\n".join(["speculative-config:", *lines, f"  {option}: {value_in_yaml}"]), encoding="utf-8"
-    )
-    dotted = [
-        word for name, given in options.items() for word in (f"--speculative-config.{name}", str(given))
-    ]
-    for words in ([*dotted, f"--speculative-config.{option}", text], ["--config", str(file)]):
-        assert getattr(from_command_line(pair, words).speculative_config, option) == expected, words
-
-
-@functools.cache
-def parser() -> Any:
-    """vLLM's, of a server's options."""
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    return EngineArgs.add_cli_args(FlexibleArgumentParser())
-
-
-def from_command_line(pair: Pair, words: list[str]) -> Any:
-    """The engine's config of a server with these options."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    always = ["--model", str(pair[0]), "--dtype", "float32", "--enforce-eager", "--max-model-len", "256"]
-    return EngineArgs.from_cli_args(parser().parse_args([*always, *words])).create_engine_config()
-
-
-def test_a_size_that_is_more_than_there_is(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's command line makes 10^9 of 1g, and an option without a unit is in GiB."""
-    dotted = ["method", "ssd", "model", str(pair[1]), "num_speculative_tokens", "4", "ssd_draft_memory", "1g"]
-    words = [f"--speculative-config.{w}" if i % 2 == 0 else w for i, w in enumerate(dotted)]
-    with pytest.raises(ValueError, match=r"ssd_draft_memory") as error:
-        from_command_line(pair, words)
-    assert_one_line(
-        str(error.value).splitlines(), "ssd_draft_memory=1e+09", "GiB", "for 1000000000 bytes", "0.931"
-    )
-    assert_one_line(
-        refusal(pair, ssd_draft_memory=1e5), "ssd_draft_memory=100000", "this machine has", "lower it"
-    )
-    assert_one_line(refusal(pair, ssd_draft_memory=float("inf")), "ssd_draft_memory=inf", "this machine has")
-    on_cuda(monkeypatch, 2)
-    assert_one_line(refusal(pair, ssd_draft_memory=41), "ssd_draft_memory=41", "cuda:1 has 41.0 GiB")
-    create(pair, ssd_draft_memory=40)
-
-
-@pytest.mark.parametrize("given", ["much", "1x", "", [1], "-1g", {}], ids=repr)
-def test_sizes_that_are_none(pair: Pair, given: Any) -> None:
-    assert any("ssd_draft_memory" in line for line in refusal(pair, ssd_draft_memory=given))
-
-
-@pytest.mark.parametrize("given", [True, 1.5, [0.5], {"a": 1}, -1, [-1], "0,,1"], ids=repr)
-def test_cores_that_are_none(pair: Pair, given: Any) -> None:
-    assert any("ssd_draft_cores" in line for line in refusal(pair, ssd_draft_cores=given))
-
-
-@pytest.mark.parametrize("document", ["docs/options.md", "README.md"])
-def test_the_documents_have_the_options_with_their_defaults(document: str) -> None:
-    """docs/options.md all of them."""
-    from vllm_ssd.config import SSDSpeculativeConfig
-
-    text = (Path(__file__).parents[2] / document).read_text(encoding="utf-8")
-    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `ssd_")]
-    told = {row[0].strip("| `"): row[1].strip("` ") for row in rows}
-    defaults = {
-        field.name: getattr(field.default, "default", field.default)
-        for field in fields(SSDSpeculativeConfig)
-        if field.name.startswith("ssd_")
-    }
-    assert told
-    assert told.keys() <= defaults.keys()
-    if document != "README.md":
-        assert told.keys() == defaults.keys()
-    for name, value in told.items():
-        default = defaults[name]
-        if default not in (None, "auto"):  # those are told in words
-            assert value == default or json.loads(value) == default, name

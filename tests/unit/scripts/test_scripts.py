@@ -17,9 +17,13 @@ from rich.console import Console
 SCRIPTS = Path(__file__).parents[3] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
+import arguments  # noqa: E402
 import bench  # noqa: E402
+import bench_rows  # noqa: E402
 import check_lossless as check  # noqa: E402
 import harness  # noqa: E402
+import provenance  # noqa: E402
+from bench_rows import add_speedups, summarise, summarise_rounds  # noqa: E402
 
 CORES = harness.Cores(target=0, draft=1)
 
@@ -30,8 +34,8 @@ def result(seconds: float, tokens: int, **more: Any) -> harness.GenerationResult
 
 def measured(
     method: str, k: int | None, results: list[harness.GenerationResult], batch: int = 1
-) -> bench.Measurements:
-    return bench.Measurements(bench.Contestant(method, k), batch, results)
+) -> bench_rows.Measurements:
+    return bench_rows.Measurements(bench_rows.Contestant(method, k), batch, results)
 
 
 def speculative(seconds: float, **ssd: int) -> harness.GenerationResult:
@@ -67,17 +71,17 @@ def rows_of_a_run() -> list[dict[str, Any]]:
     """Three repeats on a machine that got slower: absolute speeds vary and ratios do not."""
     drift = (1.0, 2.0, 4.0)
     rows = [
-        bench.summarise(measured("ar", None, [result(6 * d, 100) for d in drift]), 0.0, CORES),
-        bench.summarise(measured("draft_model", 1, [speculative(4 * d) for d in drift]), 0.0, CORES),
-        bench.summarise(measured("draft_model", 2, [speculative(3 * d) for d in drift]), 0.0, CORES),
-        bench.summarise(measured("ssd", 2, [speculative(2 * d, **SSD_COUNTERS) for d in drift]), 0.0, CORES),
+        summarise(measured("ar", None, [result(6 * d, 100) for d in drift]), 0.0, CORES),
+        summarise(measured("draft_model", 1, [speculative(4 * d) for d in drift]), 0.0, CORES),
+        summarise(measured("draft_model", 2, [speculative(3 * d) for d in drift]), 0.0, CORES),
+        summarise(measured("ssd", 2, [speculative(2 * d, **SSD_COUNTERS) for d in drift]), 0.0, CORES),
     ]
-    bench.add_speedups(rows)
+    add_speedups(rows)
     return rows
 
 
 def test_a_row_has_the_median_and_the_spread() -> None:
-    row = bench.summarise(measured("ar", None, [result(1, 10), result(1, 20), result(1, 60)]), 0.0, CORES)
+    row = summarise(measured("ar", None, [result(1, 10), result(1, 20), result(1, 60)]), 0.0, CORES)
     assert (row["method"], row["k"], row["batch"], row["temperature"]) == ("ar", None, 1, 0.0)
     assert row["tok_s"] == row["tok_s_per_core"] == 20
     assert row["tok_s_spread"] == {"min": 10, "max": 60, "iqr": 25}
@@ -89,19 +93,19 @@ def test_a_row_has_the_median_and_the_spread() -> None:
 
 def test_decode_figures_are_per_round_and_request() -> None:
     one = result(1, 10, decode_seconds=[0.01, 0.02, 0.03], decode_rows=6, decode_tokens=15)
-    row = bench.summarise(measured("ar", None, [one]), 0.0, CORES)
+    row = summarise(measured("ar", None, [one]), 0.0, CORES)
     assert row["round_ms"] == 20
     assert row["tokens_per_round"] == 2.5
 
 
 def test_acceptance_counts_only_what_was_drafted_there() -> None:
-    row = bench.summarise(measured("draft_model", 2, [speculative(1), speculative(1)]), 0.0, CORES)
+    row = summarise(measured("draft_model", 2, [speculative(1), speculative(1)]), 0.0, CORES)
     assert row["acceptance_per_position"] == [0.9, 0.5]
     assert (row["accepted_per_position"], row["drafted_per_position"]) == ([18, 8], [20, 16])
 
 
 def test_an_ssd_row() -> None:
-    row = bench.summarise(measured("ssd", 2, [speculative(1, **SSD_COUNTERS)] * 2), 0.0, CORES)
+    row = summarise(measured("ssd", 2, [speculative(1, **SSD_COUNTERS)] * 2), 0.0, CORES)
     assert row["cores"] == 2
     assert row["tok_s_per_core"] == row["tok_s"] / 2
     assert row["hit_rate"] == 0.75
@@ -117,7 +121,7 @@ def test_an_ssd_row() -> None:
 
 
 def test_one_core_for_both_counts_once() -> None:
-    row = bench.summarise(measured("ssd", 2, [speculative(1, **SSD_COUNTERS)]), 0.0, harness.Cores(0, 0))
+    row = summarise(measured("ssd", 2, [speculative(1, **SSD_COUNTERS)]), 0.0, harness.Cores(0, 0))
     assert row["tok_s_per_core"] == row["tok_s"]
 
 
@@ -138,10 +142,10 @@ def test_speedups_are_taken_within_a_repeat_and_against_the_best_k() -> None:
 
 def test_speedups_compare_equal_batch_sizes_only() -> None:
     rows = [
-        bench.summarise(measured("ar", None, [result(1, 10)], batch=4), 0.0, CORES),
-        bench.summarise(measured("ssd", 2, [speculative(1, **SSD_COUNTERS)], batch=1), 0.0, CORES),
+        summarise(measured("ar", None, [result(1, 10)], batch=4), 0.0, CORES),
+        summarise(measured("ssd", 2, [speculative(1, **SSD_COUNTERS)], batch=1), 0.0, CORES),
     ]
-    bench.add_speedups(rows)
+    add_speedups(rows)
     assert "speedup_vs_ar" not in rows[1]
 
 
@@ -153,11 +157,11 @@ def test_rows_are_plain_json() -> None:
 def test_the_tables_show_every_method() -> None:
     rows = rows_of_a_run()
     console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(bench.make_table("speed", bench.SPEED_COLUMNS, rows))
-    console.print(bench.make_table("speculation", bench.SPECULATION_COLUMNS, rows[1:]))
+    console.print(bench_rows.make_table("speed", bench_rows.SPEED_COLUMNS, rows))
+    console.print(bench_rows.make_table("speculation", bench_rows.SPECULATION_COLUMNS, rows[1:]))
     text = console.export_text()
     for row in rows:
-        assert bench.Contestant(row["method"], row["k"]).label in text
+        assert bench_rows.Contestant(row["method"], row["k"]).label in text
     assert "25 88 -" in text
 
 
@@ -213,16 +217,16 @@ def test_before_each_measurement_the_engine_does_the_like_with_other_prompts(
 @pytest.mark.parametrize("text", ["", "4,", "0", "-1", "four", "1.5"])
 def test_a_wrong_list_of_numbers_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
-        harness.parse_numbers(text)
+        arguments.parse_numbers(text)
 
 
 def test_command_line_values() -> None:
-    assert harness.parse_numbers("1,4,8") == [1, 4, 8]
-    assert harness.parse_object('{"ssd_branch_budget": 7}') == {"ssd_branch_budget": 7}
+    assert arguments.parse_numbers("1,4,8") == [1, 4, 8]
+    assert arguments.parse_object('{"ssd_branch_budget": 7}') == {"ssd_branch_budget": 7}
     assert bench.parse_methods("ar,ssd") == ["ar", "ssd"]
     for parse, text in (
-        (harness.parse_object, "[1]"),
-        (harness.parse_object, "{"),
+        (arguments.parse_object, "[1]"),
+        (arguments.parse_object, "{"),
         (bench.parse_methods, "eagle"),
     ):
         with pytest.raises(argparse.ArgumentTypeError):
@@ -230,10 +234,10 @@ def test_command_line_values() -> None:
 
 
 def test_the_machine_is_described() -> None:
-    machine = harness.describe_machine()
+    machine = provenance.describe_machine()
     assert set(machine) == {"cpu", "cores", "memory_gib", "python", "torch", "vllm"}
     assert machine["cores"] >= 1
-    assert harness.describe_run()["commit"]
+    assert provenance.describe_run()["commit"]
 
 
 def test_engine_arguments_of_each_method() -> None:
@@ -310,10 +314,10 @@ def test_rounds_are_told_apart_by_how_many_rows_had_drafts() -> None:
         result(1, 10, decode_seconds=[0.01, 0.02, 0.03], drafted_rows=[4, 2, 4]),
         result(1, 10, decode_seconds=[0.05, 0.07], drafted_rows=[3, 0]),
     ]
-    assert bench.summarise_rounds(results, 4) == {
+    assert summarise_rounds(results, 4) == {
         "rounds_all_hit": 2,
         "round_ms_all_hit": 20,
         "rounds_mixed": 2,
         "round_ms_mixed": 35,
     }
-    assert bench.summarise_rounds([result(1, 10)], 4)["round_ms_mixed"] is None
+    assert summarise_rounds([result(1, 10)], 4)["round_ms_mixed"] is None

@@ -14,8 +14,8 @@ import pytest
 SCRIPTS = Path(__file__).parents[3] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-import soak  # noqa: E402
 import soak_requests as requests  # noqa: E402
+import soak_verdict as verdicts  # noqa: E402
 
 
 def dealt(seed: int, table: dict[str, requests.Kind] = requests.HOSTILE, rounds: int = 3) -> list[Any]:
@@ -61,8 +61,8 @@ def stream(num_tokens: int, accepted: int, steps: int, end: str = "[DONE]") -> s
 
 
 def test_an_answer_is_read() -> None:
-    answer = soak.read_answer(stream(requests.OUT_TOKENS, accepted=40, steps=30))
-    assert answer == soak.Answer([7] * requests.OUT_TOKENS, rounds=requests.OUT_TOKENS - 41, hits=30)
+    answer = verdicts.read_answer(stream(requests.OUT_TOKENS, accepted=40, steps=30))
+    assert answer == verdicts.Answer([7] * requests.OUT_TOKENS, rounds=requests.OUT_TOKENS - 41, hits=30)
 
 
 @pytest.mark.parametrize(
@@ -76,19 +76,19 @@ def test_an_answer_is_read() -> None:
 )
 def test_half_an_answer_is_none(body: str) -> None:
     with pytest.raises(ValueError, match=r".+"):
-        soak.read_answer(body)
+        verdicts.read_answer(body)
 
 
-def phase(hits: int = 50, token: int = 7) -> soak.Phase:
+def phase(hits: int = 50, token: int = 7) -> verdicts.Phase:
     """Every good request answered once; its last token is `token`."""
-    made = soak.Phase()
+    made = verdicts.Phase()
     for name in requests.good_requests():
-        made.answers[name].append(soak.Answer([7, 7, token], rounds=100, hits=hits))
+        made.answers[name].append(verdicts.Answer([7, 7, token], rounds=100, hits=hits))
     return made
 
 
-def failed(alone: soak.Phase, beside: soak.Phase) -> list[str]:
-    return [verdict.what.split()[0] for verdict in soak.judge(alone, beside) if not verdict.passed]
+def failed(alone: verdicts.Phase, beside: verdicts.Phase) -> list[str]:
+    return [verdict.what.split()[0] for verdict in verdicts.judge(alone, beside) if not verdict.passed]
 
 
 def test_a_good_run_passes() -> None:
@@ -105,9 +105,9 @@ def test_hits_may_not_fall_or_be_absent() -> None:
 
 def test_outputs_may_not_change() -> None:
     changed = phase()
-    changed.answers["3.1"].append(soak.Answer([7, 8, 7], rounds=100, hits=50))
+    changed.answers["3.1"].append(verdicts.Answer([7, 8, 7], rounds=100, hits=50))
     for alone, beside in (phase(), changed), (changed, phase()):
-        (verdict,) = [v for v in soak.judge(alone, beside) if not v.passed]
+        (verdict,) = [v for v in verdicts.judge(alone, beside) if not v.passed]
         assert verdict.what == "good outputs are identical"
         assert "3.1" in verdict.detail
         assert "from token 1 on" in verdict.detail
@@ -132,7 +132,7 @@ def test_deaths_and_failures_fail() -> None:
 
 
 def test_what_stock_answers_so_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(soak, "STOCK_5XX", frozenset({"top_k"}))
+    monkeypatch.setattr(verdicts, "STOCK_5XX", frozenset({"top_k"}))
     beside = phase()
     beside.statuses["top_k"] = Counter({"500": 1})
     assert not failed(phase(), beside)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_proposer import BUDGET, VOCAB, Bench, K
+from proposals import BUDGET, VOCAB, Bench, K
 
 from vllm_ssd.draft.batch import _sampling_of_rows
 from vllm_ssd.draft.blocks import BlockPool

@@ -1,19 +1,18 @@
-"""The draft's states, with a process and a channel that do what the test says, and a clock of our own."""
+"""The draft's states: it loads, serves, stalls and recovers."""
 
 from __future__ import annotations
 
 import gc
 import os
 import socket
-from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 import torch
-from wire import configure
+from supervised import READY, READY_TIMEOUT, STALL_TIMEOUT, Bench, Channel, Process, make_bench
 
-from vllm_ssd.link.counters import DRAFT_FIELDS, Counters, target_fields
+from vllm_ssd.link.counters import DRAFT_FIELDS, Counters
 from vllm_ssd.link.draft_probs import DraftProbs
 from vllm_ssd.link.messages import (
     Configure,
@@ -26,148 +25,17 @@ from vllm_ssd.link.outcome_cache import Outcome, OutcomeCache
 from vllm_ssd.target import supervisor as supervisor_module
 from vllm_ssd.target.draft_link import News
 from vllm_ssd.target.supervisor import (
-    ENDING_TIMEOUT_S,
     HEALTHY_S,
     KILL_AFTER_STALLS,
     LONGEST_PAUSE_S,
-    RESTART_PAUSE_S,
-    AllocateTable,
     DraftFailed,
-    DraftSupervisor,
     State,
 )
-
-READY = Ready(10, 32, 0.001, 0.0001, 64)
-READY_TIMEOUT, STALL_TIMEOUT = 30.0, 2.0
-
-
-class Process:
-    """A draft process; the last one made is `Process.last`."""
-
-    last: Process
-    count = 0
-
-    def __init__(self, asked: Configure) -> None:
-        Process.count += 1
-        Process.last = self
-        assert asked.inherited is not None
-        self.asked, self.inherited = asked, asked.inherited
-        self.mapped = [os.dup(descriptor) for descriptor in asked.inherited.all()]
-        self.pid = 1000 + Process.count
-        self.code: int | None = None
-        self.stopped = False
-        self.can_be_killed = True
-
-    def mapping(self, which: str) -> int:
-        """A descriptor that this process has inherited, for one use."""
-        return os.dup(self.mapped[self.inherited.all().index(getattr(self.inherited, which))])
-
-    def exit_code(self) -> int | None:
-        return self.code
-
-    def kill(self) -> None:
-        self.stopped = True
-        if self.can_be_killed and self.code is None:
-            self.code = -9
-
-    def stop(self) -> None:
-        self.stopped = True
-
-    def forget(self) -> None:
-        """What it has inherited."""
-        while self.mapped:
-            os.close(self.mapped.pop())
-
-
-class Channel:
-    """The way to the draft; the last one made is `Channel.last`."""
-
-    last: Channel
-
-    def __init__(self, end: socket.socket, **options: Any) -> None:
-        Channel.last = self
-        self.end = end
-        self.inbox: list[Any] = []
-        self.sent: list[Any] = []
-        self.full = False
-        self.closed = False
-        self.takes = False  # more of what it was sent before
-        self.has_hung_up = False
-
-    def send(self, message: Any) -> bool:
-        if self.full or self.has_hung_up:
-            return False
-        self.sent.append(message)
-        return True
-
-    def flush(self) -> bool:
-        return self.takes
-
-    def receive(self, timeout_ms: int = 0) -> Any:
-        if not self.inbox and Process.last.code is not None:
-            raise EOFError
-        return self.inbox.pop(0) if self.inbox else None
-
-    def close(self) -> None:
-        self.closed = True
-        self.end.close()
-
-
-class Clock:
-    """Stands for the module's `time`."""
-
-    now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-
-class Bench:
-    """A supervisor and what it holds."""
-
-    def __init__(self, clock: Clock, allocate: AllocateTable | None = None, **changes: Any) -> None:
-        self.clock = clock
-        self.counters = Counters(target_fields(3))
-        self.supervisor = DraftSupervisor(
-            configure(**changes), self.counters, READY_TIMEOUT, STALL_TIMEOUT, allocate
-        )
-        self.draft = Counters(DRAFT_FIELDS, Process.last.mapping("counters"))
-
-    def make_ready(self, ready: Ready = READY) -> None:
-        Channel.last.inbox.append(ready)
-        assert self.supervisor.check() is News.READY
-        assert self.supervisor.state is State.READY
-
-    def stall(self) -> None:
-        """The draft leaves a message unread until it counts as stalled."""
-        self.supervisor.send(Stop(0, 1))
-        self.supervisor.check()
-        self.clock.now += STALL_TIMEOUT + 0.1
-        assert self.supervisor.check() is News.NOTHING
-        assert self.supervisor.state is State.STALLED
-
-    def die(self) -> None:
-        """The draft dies; the next one is started when its time has come."""
-        was_serving = self.supervisor.state in (State.READY, State.STALLED)
-        Process.last.code = -9
-        assert self.supervisor.check() is (News.DIED if was_serving else News.NOTHING)
-        if self.supervisor.state is State.ENDING:
-            self.clock.now += LONGEST_PAUSE_S
-            self.supervisor.check()
-        assert self.supervisor.state is State.LOADING
 
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
-    clock = Clock()
-    monkeypatch.setattr(supervisor_module, "DraftProcess", Process)
-    monkeypatch.setattr(supervisor_module, "SocketChannel", Channel)
-    monkeypatch.setattr(supervisor_module, "time", clock)
-    Process.count = 0
-    return Bench(clock)
+    return make_bench(monkeypatch)
 
 
 def test_from_loading_to_ready(bench: Bench) -> None:
@@ -382,215 +250,11 @@ def test_a_stalled_draft_that_takes_the_rest_and_falls_silent_is_started_again(b
     assert old.stopped
 
 
-def test_a_killed_draft_is_not_waited_for(bench: Bench) -> None:
-    bench.make_ready()
-    bench.stall()
-    old = Process.last
-    old.can_be_killed = False
-    bench.clock.now += KILL_AFTER_STALLS * STALL_TIMEOUT + 0.1
-    for expected in (News.DIED, News.NOTHING, News.NOTHING):
-        assert bench.supervisor.check() is expected
-        bench.supervisor.send(Stop(0, 1))
-        assert bench.supervisor.state is State.ENDING
-        assert bench.supervisor.cache is None
-    assert old.stopped
-    assert Process.last is old
-    old.code = -9
-    assert bench.supervisor.check() is News.NOTHING
-    assert Process.last is not old
-    assert bench.counters["draft_restarts"] == 1
-    bench.make_ready()
-
-
-def test_a_draft_that_cannot_be_killed_is_waited_for(bench: Bench) -> None:
-    """It hangs in a driver; another one is started once it is gone, be it late."""
-    bench.make_ready()
-    bench.stall()
-    Process.last.can_be_killed = False
-    bench.clock.now += KILL_AFTER_STALLS * STALL_TIMEOUT + 0.1
-    bench.supervisor.check()
-    bench.clock.now += 100 * ENDING_TIMEOUT_S
-    assert bench.supervisor.check() is News.NOTHING
-    assert bench.supervisor.state is State.ENDING
-    assert Process.count == 1
-    Process.last.code = -9
-    bench.supervisor.check()
-    assert bench.supervisor.state is State.LOADING
-
-
-def test_a_draft_of_another_version_is_told_apart(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    def receive() -> Any:
-        raise msgspec.ValidationError("no such message")
-
-    monkeypatch.setattr(Channel.last, "receive", receive)
-    with pytest.raises(DraftFailed, match="another protocol"):
-        bench.supervisor.await_ready()
-
-
-def test_restarts_never_end(bench: Bench) -> None:
-    bench.make_ready()
-    for restart in range(50):
-        old = Process.last
-        table = os.fstat(old.mapped[-1]).st_ino
-        bench.die()
-        assert bench.counters["draft_restarts"] == restart + 1
-        assert bench.counters["draft_stalls"] == 0
-        assert Process.last is not old
-        assert os.fstat(Process.last.mapped[-1]).st_ino != table
-        old.forget()
-        assert bench.supervisor.cache is None
-        bench.make_ready()
-    bench.supervisor.close()
-
-
-def test_a_death_that_a_send_notices_is_counted_once(bench: Bench) -> None:
-    """The socket closes before there is an exit code."""
-    bench.make_ready()
-    Channel.last.has_hung_up = True
-    bench.supervisor.send(Stop(0, 1))
-    assert bench.supervisor.check() is News.DIED
-    assert bench.counters["draft_stalls"] == 0
-    assert bench.counters["draft_restarts"] == 1
-    assert bench.supervisor.state is State.LOADING
-
-
-def test_a_draft_that_nobody_could_replace_is_given_up(bench: Bench) -> None:
-    bench.make_ready()
-    Process.last.code = -9
-    bench.supervisor.check()
-    Channel.last.inbox.append(Failed("its layers are of a kind that nobody knows", is_final=True))
-    assert bench.supervisor.check() is News.NOTHING
-    assert bench.supervisor.state is State.GONE
-    bench.clock.now += 10 * LONGEST_PAUSE_S
-    assert bench.supervisor.check() is News.NOTHING
-    assert Process.count == 2
-
-
-@pytest.mark.parametrize("state", [State.READY, State.STALLED, State.LOADING, State.ENDING, State.GONE])
-def test_a_restart_that_somebody_asks_for(bench: Bench, state: State) -> None:
-    """It is no death: all requests are introduced to the next one."""
-    if state is not State.LOADING:
-        bench.make_ready()
-    if state is State.STALLED:
-        bench.stall()
-    elif state is State.ENDING:
-        bench.die()
-        Process.last.code = -9
-        bench.supervisor.check()
-    elif state is State.GONE:
-        bench.supervisor.give_up("works for nobody any more")
-    assert bench.supervisor.state is state
-    count = Process.count
-    bench.supervisor.restart()
-    assert bench.supervisor.state is State.LOADING
-    assert Process.count == count + 1
-    bench.make_ready()
-
-
-def test_what_the_system_refuses_is_one_more_death(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No exception of the supervisor's reaches the target's round."""
-    bench.make_ready()
-
-    def fail() -> bool:
-        raise OSError("too many open files")
-
-    monkeypatch.setattr(Channel.last, "flush", fail)
-    assert bench.supervisor.check() is News.DIED
-    assert bench.supervisor.state is State.LOADING
-
-
-def test_a_draft_that_dies_again_and_again_is_started_at_intervals(bench: Bench) -> None:
-    bench.make_ready()
-    Process.last.code = -9
-    bench.supervisor.check()
-    assert Process.count == 2  # at once
-    Process.last.code = -9
-    for _ in range(3):
-        bench.supervisor.check()
-        assert bench.supervisor.state is State.ENDING
-    pause = RESTART_PAUSE_S
-    for count in range(3, 15):
-        bench.clock.now += pause - 0.1
-        bench.supervisor.check()
-        assert Process.count == count - 1
-        bench.clock.now += 0.2
-        bench.supervisor.check()
-        assert Process.count == count
-        assert bench.supervisor.state is State.LOADING
-        Process.last.code = -9
-        bench.supervisor.check()
-        pause = min(2 * pause, LONGEST_PAUSE_S)
-
-
-def test_deaths_are_forgotten_after_long_service(bench: Bench) -> None:
-    for _ in range(5):
-        bench.make_ready()
-        bench.clock.now += HEALTHY_S + 1
-        Process.last.code = -9
-        bench.supervisor.check()
-        assert bench.supervisor.state is State.LOADING  # each time at once
-
-
-def test_a_draft_that_cannot_be_started_is_tried_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such as while the machine has no memory left."""
-
-    def fail(asked: Configure) -> None:
-        raise OSError("no room")
-
-    bench.make_ready()
-    monkeypatch.setattr(supervisor_module, "DraftProcess", fail)
-    Process.last.code = -9
-    bench.supervisor.check()
-    assert bench.supervisor.state is State.ENDING
-    assert bench.supervisor.cache is None
-    monkeypatch.setattr(supervisor_module, "DraftProcess", Process)
-    bench.clock.now += RESTART_PAUSE_S + 0.1
-    bench.supervisor.check()
-    assert bench.counters["draft_restarts"] == 1
-    bench.make_ready()
-
-
-def test_a_draft_that_was_given_up_does_not_stay_a_zombie(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[int] = []
-    bench.make_ready()
-    bench.supervisor.give_up("works for nobody any more")
-    monkeypatch.setattr(Process.last, "exit_code", lambda: asked.append(1))
-    assert bench.supervisor.check() is News.NOTHING
-    assert asked
-
-
 def test_messages_after_the_end_are_dropped(bench: Bench) -> None:
     bench.make_ready()
     bench.supervisor.give_up("works for nobody any more")
     bench.supervisor.send(Stop(0, 1))
     assert bench.supervisor.state is State.GONE
-
-
-def test_a_restarted_draft_that_cannot_load(bench: Bench) -> None:
-    bench.make_ready()
-    Process.last.code = 1
-    bench.supervisor.check()
-    Channel.last.inbox.append(Failed("out of memory"))
-    assert bench.supervisor.check() is News.NOTHING
-    bench.clock.now += RESTART_PAUSE_S
-    assert bench.supervisor.check() is News.NOTHING
-    assert bench.counters["draft_restarts"] == 2
-    bench.clock.now += READY_TIMEOUT + 1  # and one that takes too long
-    assert bench.supervisor.check() is News.NOTHING
-    assert bench.supervisor.state is State.ENDING
-
-
-def test_a_restarted_draft_that_failed_and_is_gone_already_has_said_why(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(supervisor_module.logger, "warning", lambda text, *args: said.append(text % args))
-    Channel.last.inbox.append(Failed("out of memory"))
-    Process.last.code = 1
-    bench.supervisor.check()
-    assert "out of memory" in said[0]
 
 
 def test_the_table_in_the_gpu_is_used_if_the_draft_can(bench: Bench) -> None:
