@@ -18,7 +18,7 @@ STOCK_5XX = frozenset({"beyond 64 bits", "grammar of nothing"})
 
 @dataclass(frozen=True)
 class Answer:
-    """What a good request got; `rounds` and `hits` as in this module's docstring."""
+    """What a good request got; `rounds` and `hits` as in soak.py's docstring."""
 
     tokens: list[int]
     rounds: int

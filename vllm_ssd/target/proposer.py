@@ -221,16 +221,15 @@ class Proposer:
         if cache is None or not plan.num_drafts:
             return None
         outcomes, depth = [row.outcome for row in rows], min(plan.num_drafts, self._asked_depth)
-        found: list[list[int] | None] = []
+        found = cache.look_up(outcomes)
 
         def are_deep() -> bool:
-            found[:] = cache.look_up(outcomes)
+            nonlocal found
+            found = cache.look_up(outcomes)
             return all(drafts is None or len(drafts) >= depth for drafts in found)
 
         if self._wait_s:
             self._observer.add_wait(poll_until(are_deep, self._wait_s))
-        else:
-            found = cache.look_up(outcomes)
         return [drafts and drafts[: plan.num_drafts] for drafts in found]
 
     def _back_up(self, rows: Sequence[Row], found: Found, plan: Plan) -> None:
