@@ -56,12 +56,12 @@ fi
 check_step "style: ruff check" ruff check .
 check_step "style: ruff format" ruff format --check --quiet .
 check_step "types: mypy" mypy
-# On all cores; a module's tests stay together, for what they share is costly. Each worker loads vLLM, hence a limit.
+# In all stages a module's tests stay together, for what they share is costly; each worker loads vLLM.
 stage "unit tests" 900 tests/unit --numprocesses=auto --maxprocesses=8 --dist=loadscope
-# The costly part, only on sound ground.
+# The costly part, only on sound ground. Two engines side by side, each target on a core of its own (tests/conftest.py).
 if (( ! IS_FAST && ! ${#FAILED[@]} )); then
-  stage "tests with vLLM" 2700 tests/e2e
-  stage "tests with vLLM's V2 runner, interpreted" 2700 tests/v2
+  stage "tests with vLLM" 2700 tests/e2e --numprocesses=2 --dist=loadscope
+  stage "tests with vLLM's V2 runner, interpreted" 2700 tests/v2 --numprocesses=2 --dist=loadscope
 fi
 
 if (( ${#FAILED[@]} )); then

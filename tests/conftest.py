@@ -25,6 +25,12 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 
+# Workers that run side by side (scripts/test.sh) have their targets on different cores.
+_worker = os.environ.get("PYTEST_XDIST_WORKER")
+if _worker:
+    _cores = sorted(os.sched_getaffinity(0))
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(_cores[int(_worker.removeprefix("gw")) % len(_cores)])
+
 # A Hub cache of the tests' own (tests/support/hub.py): Hugging Face's packages read its place when they are
 # imported.
 _hub_home = tempfile.TemporaryDirectory(prefix="vllm-ssd-tests-hub-", ignore_cleanup_errors=True)
