@@ -62,7 +62,9 @@ def _difference(target: ModelConfig, draft: ModelConfig) -> str | None:
     num_other = sum(draft_ids.get(token) != index for token, index in ids.items())
     if not num_other:
         return None
-    return f"{num_other} of {len(ids)} tokens of the target's tokenizer have another id in the draft's, or none"
+    return (
+        f"{num_other} of {len(ids)} tokens of the target's tokenizer have another id in the draft's, or none"
+    )
 
 
 def read_ids(tokenizer: bytes) -> dict[str, int]:
