@@ -17,8 +17,8 @@ logger = init_logger("vllm.ssd")
 def check_tokens(target: ModelConfig, draft: ModelConfig) -> None:
     """Warn if the draft's tokenizer gives other ids: what it drafts is then rejected.
 
-    Nothing is said where there is nothing to compare, as with a draft without a tokenizer, for it needs none. But
-    models with different numbers of tokens must have a tokenizer in common: then only padding differs.
+    Nothing is said where there is nothing to compare, as with a draft without a tokenizer, for it needs none.
+    But models with different numbers of tokens must have a tokenizer in common: then only padding differs.
 
     Raises:
         ValueError: if the numbers differ, and the tokenizers too or nobody knows.

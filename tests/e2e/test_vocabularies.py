@@ -31,7 +31,7 @@ pytestmark = pytest.mark.timeout(1200 if FULL else 240)
 
 Pair = tuple[Path, Path]
 
-LARGER, SMALLER = 512, 384  # a quarter of the tokens are of one model alone
+LARGER, SMALLER = 512, 448  # an eighth of the tokens are of one model alone
 NUM_TOKENS = 40
 
 

@@ -282,7 +282,7 @@ class Proposer:
         return tokens[: next(ends, None)]
 
     def _embeddable(self, tokens: list[int]) -> list[int]:
-        """An outcome as the draft may embed it: the token at its end is the target's own, and may be beyond."""
+        """An outcome as the draft can embed it: the token at its end may be one that only the target has."""
         return [*tokens[:-1], min(tokens[-1], self._vocab_size - 1)]
 
     def _fits(self, request: LiveRequest) -> bool:

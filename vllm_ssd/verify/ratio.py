@@ -29,8 +29,7 @@ class PointMass:
     """
 
 
-# An array is [at least the row's number of drafts, at most V]: a draft may lack the target's last tokens, which it
-# then never draws.
+# An array is [at least the row's number of drafts, at most V]: the draft may lack the target's last tokens.
 DraftDistribution = Float32Array | PointMass
 
 
