@@ -87,7 +87,7 @@ def write_pair(folder: Path, vocab_size: int, **options: Any) -> tuple[Path, Pat
 
 
 def write_padded_pair(folder: Path, target_vocab: int, draft_vocab: int, **options: Any) -> tuple[Path, Path]:
-    """The same with one tokenizer, beyond which the model with the larger vocabulary has tokens of its own."""
+    """The same with one tokenizer: the model with the larger vocabulary has tokens of its own beyond it."""
     paths = []
     pair = nested_pair(max(target_vocab, draft_vocab), **options)
     for name, model, size in zip(("target", "draft"), pair, (target_vocab, draft_vocab), strict=True):
