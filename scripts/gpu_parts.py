@@ -265,6 +265,7 @@ def draft_one(
 ) -> list[dict[str, Any]]:
     """Of one draft."""
     import torch
+    from demo.nested import parse_shape
     from device import DEVICE
 
     import vllm_ssd
@@ -286,7 +287,7 @@ def draft_one(
             },
             device="cuda:0" if DEVICE == "cuda" else "cpu",
             cores=[0],
-            vocab_size=0,
+            vocab_size=parse_shape(shape).vocab_size,
             num_speculative_tokens=DRAFT_STEPS,
             fanout="global",
             branch_budget=most,

@@ -23,7 +23,7 @@ from vllm_ssd import compat
 from vllm_ssd.cores import bind_target, format_cores, parse_cores
 from vllm_ssd.placement import Placement, parse_gib, place_draft
 from vllm_ssd.target.draft_args import load_args
-from vllm_ssd.vocabularies import warn_of_other_tokens
+from vllm_ssd.vocabularies import check_tokens
 
 logger = init_logger("vllm.ssd")
 
@@ -161,6 +161,14 @@ class SSDSpeculativeConfig(SpeculativeConfig):
                 self.ssd_draft_memory,
             )
 
+    @property
+    def common_vocab_size(self) -> int:
+        """Tokens that target and draft both have, the first ones of each: only these are drafted.
+
+        Models of one tokenizer may have embeddings of different sizes, since these are padded.
+        """
+        return min(self.target_model_config.get_vocab_size(), self.draft_model_config.get_vocab_size())
+
     def draft_shares_target_positions(self) -> bool:
         """The draft keeps its own positions, so vLLM 0.33 must not shorten the target to its length."""
         return True
@@ -176,7 +184,7 @@ def create_ssd_config(engine_args: Any, target_model_config: Any, target_paralle
         **options, target_model_config=target_model_config, target_parallel_config=target_parallel_config
     )
     _check_scheduler(engine_args, ssd.num_speculative_tokens)
-    warn_of_other_tokens(target_model_config, ssd.draft_model_config)
+    check_tokens(target_model_config, ssd.draft_model_config)
     if target_parallel_config.worker_cls != "auto":
         worker = target_parallel_config.worker_cls
         raise ValueError(f"method 'ssd' brings its own worker; remove worker_cls={worker!r}")
@@ -295,12 +303,6 @@ def _check_platform(ssd: SSDSpeculativeConfig) -> None:
 
 def _check_models(ssd: SSDSpeculativeConfig) -> None:
     target, draft = ssd.target_model_config, ssd.draft_model_config
-    target_vocab, draft_vocab = target.get_vocab_size(), draft.get_vocab_size()
-    if target_vocab != draft_vocab:
-        raise ValueError(
-            f"target and draft need the same vocabulary, these have {target_vocab} and {draft_vocab} tokens; "
-            "choose a draft of the target's family"
-        )
     if target.has_inner_state or target.is_hybrid or target.is_attention_free:
         raise ValueError(
             f"the target {target.model!r} has recurrent layers, whose state cannot be taken back when a "
@@ -337,7 +339,7 @@ def _check_branches(ssd: SSDSpeculativeConfig) -> None:
         return
     if len(fanout) != k + 1:
         raise ValueError(f"ssd_fanout needs {k + 1} numbers (k = 0..{k}), not {len(fanout)}")
-    most = ssd.draft_model_config.get_vocab_size() - 1  # every token but the one that was sent
+    most = ssd.common_vocab_size - 1  # every token but the one that was sent
     if min(fanout) < 0 or max(fanout) > most:
         raise ValueError(f"ssd_fanout={fanout} has a number outside 0..{most}")
     if sum(fanout) != budget:

@@ -341,3 +341,21 @@ def test_it_computes_on_without_process_groups(model: Model) -> None:
 def num_gloo_threads() -> int:
     names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
     return names.count("gloo_tcp_loop")
+
+
+@pytest.mark.parametrize("is_replayed", [False, True])
+def test_what_the_target_has_not_is_never_drafted(
+    model: Model, monkeypatch: pytest.MonkeyPatch, is_replayed: bool
+) -> None:
+    """A draft may have more tokens, which it neither chooses, nor ranks, nor draws from."""
+    engine, few = model.engine, 20
+    tokens = tokens_of(5, 24)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "vocab_size", few)
+        with replaying(engine) if is_replayed else nullcontext():
+            found, logits = model.run(*(([token], 0, [row]) for row, token in enumerate(tokens)))
+            drafts = engine.advance().drafts
+    assert (logits[:, :few].argmax(dim=-1).numpy() == found[:, 0]).all()
+    assert (logits.argmax(dim=-1) >= few).any()
+    assert found.max() < few
+    assert drafts.max() < few

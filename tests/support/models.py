@@ -62,13 +62,14 @@ def nested_pair(
     return target, draft
 
 
-def write(model: LlamaForCausalLM, path: Path) -> Path:
-    """Save the model with a byte-level tokenizer as large as its vocabulary allows."""
+def write(model: LlamaForCausalLM, path: Path, num_tokens: int | None = None) -> Path:
+    """Save the model with a byte-level tokenizer of so many tokens, by default as large as its vocabulary."""
+    num_tokens = num_tokens or model.config.vocab_size
     model.save_pretrained(path)
     vocab = {"<s>": BOS, "</s>": EOS}
-    for symbol in SYMBOLS[: model.config.vocab_size - NUM_SPECIAL]:
+    for symbol in SYMBOLS[: num_tokens - NUM_SPECIAL]:
         vocab[symbol] = len(vocab)
-    while len(vocab) < model.config.vocab_size:
+    while len(vocab) < num_tokens:
         vocab[f"<{len(vocab)}>"] = len(vocab)
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
@@ -83,6 +84,16 @@ def write_pair(folder: Path, vocab_size: int, **options: Any) -> tuple[Path, Pat
     """Paths of a nested pair's target and draft."""
     target, draft = nested_pair(vocab_size, **options)
     return write(target, folder / "target"), write(draft, folder / "draft")
+
+
+def write_padded_pair(folder: Path, target_vocab: int, draft_vocab: int, **options: Any) -> tuple[Path, Path]:
+    """The same with one tokenizer: the model with the larger vocabulary has tokens of its own beyond it."""
+    paths = []
+    pair = nested_pair(max(target_vocab, draft_vocab), **options)
+    for name, model, size in zip(("target", "draft"), pair, (target_vocab, draft_vocab), strict=True):
+        model.resize_token_embeddings(size)
+        paths.append(write(model, folder / name, num_tokens=min(target_vocab, draft_vocab)))
+    return paths[0], paths[1]
 
 
 @torch.inference_mode()

@@ -77,6 +77,7 @@ class Setup:
     def configure(self, **changes: object) -> Configure:
         """As the server is told."""
         return configure(
+            vocab_size=self.vocab,
             num_speculative_tokens=self.num_drafts,
             fanout=self.fanout,
             branch_budget=self.budget,

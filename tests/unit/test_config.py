@@ -149,8 +149,24 @@ def test_values_out_of_range_are_named(pair: Pair, options: dict[str, Any]) -> N
 def test_another_vocabulary(pair: Pair, tmp_path: Path) -> None:
     from models import llama, write
 
-    other = write(llama(1, 300, seed=0, sharpness=1.0), tmp_path / "other")
-    assert_one_line(refusal(pair, model=str(other)), "512", "300", "same vocabulary")
+    model = llama(1, 300, seed=0, sharpness=1.0)
+    other = write(model, tmp_path / "other")
+    assert_one_line(refusal(pair, model=str(other)), "512", "300", "same vocabulary", "212 of 512 tokens")
+    for skips in (False, True):
+        (other / "tokenizer.json").unlink(missing_ok=True)
+        lines = refusal(pair, {"skip_tokenizer_init": skips}, model=str(other))
+        assert_one_line(lines, "512", "300", "same vocabulary", "tokenizer.json cannot be compared")
+
+
+@pytest.mark.parametrize("num_tokens", [(512, 480), (480, 512)])
+def test_one_tokenizer_with_other_padding(tmp_path: Path, num_tokens: tuple[int, int]) -> None:
+    from models import write_padded_pair
+
+    from vllm_ssd.target.worker import _configure
+
+    config = create(write_padded_pair(tmp_path, *num_tokens))
+    assert config.speculative_config.common_vocab_size == 480
+    assert _configure(config.speculative_config, config).vocab_size == 480
 
 
 def test_a_worker_of_ones_own(pair: Pair) -> None:

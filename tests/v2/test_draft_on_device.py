@@ -47,6 +47,7 @@ def engine(engines: Engines, pair: Pair) -> Iterator[Any]:
                 "max_model_len": MAX_LEN,
                 "block_size": BLOCK,
             },
+            vocab_size=VOCAB,
             max_rows=24,
             prefill_chunk=MAX_LEN,  # compiled code takes no step longer than that
             enforce_eager=DEVICE == "cpu",

@@ -103,7 +103,7 @@ class DraftEngine:
             kv_caches = init_kv_cache(layers, self.kv_cache_config, self.device, block_sizes, self.config)
         self.block_size = self.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self.num_blocks = self.kv_cache_config.num_blocks - 1  # the last is for what fills up a graph's batch
-        self.vocab_size = self.config.model_config.get_vocab_size()
+        self.vocab_size = configure.vocab_size  # what the target has not is never drafted
         self.max_model_len = self.config.model_config.max_model_len
         self._is_coupled = configure.is_coupled
         self._sampler = DraftSampler(
@@ -309,12 +309,13 @@ class DraftEngine:
     def _logits(
         self, inputs: StepInputs, metadata: dict[str, Any], wanted: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """[L, V]"""
+        """[L, V], without what lies beyond the common vocabulary."""
         with set_forward_context(
             metadata, self.config, num_tokens=len(inputs.tokens), slot_mapping=inputs.slots_by_layer
         ):
             hidden = self.model(input_ids=inputs.tokens, positions=inputs.positions)
-        return self.model.compute_logits(hidden if wanted is None else hidden[wanted]).float()
+        logits = self.model.compute_logits(hidden if wanted is None else hidden[wanted])
+        return logits[:, : self.vocab_size].float()
 
     def _run(self, step: Step) -> StepPredictions:
         logits = self._logits(step.inputs, self._metadata(step.inputs), step.wanted)

@@ -27,7 +27,7 @@ class DraftProbs:
     Args:
         max_slots: requests at once.
         num_speculative_tokens: K.
-        vocab_size: V.
+        vocab_size: V, of the tokens that target and draft both have.
         descriptor: of the memory, in the draft's process; the target's worker makes it (`SharedMemory`).
 
     Raises:

@@ -38,7 +38,7 @@ class Configure(msgspec.Struct, frozen=True, kw_only=True):
     engine_args: dict[str, Any]  # further vllm.EngineArgs fields: dtype, max_model_len, ...
     device: str  # "cpu" or a GPU, such as "cuda:1"
     cores: list[int]  # CPU cores of the draft process
-    vocab_size: int
+    vocab_size: int  # of the tokens that target and draft both have: no other is drafted
     num_speculative_tokens: int
     fanout: list[int] | str  # branches per accepted length, or "global", "geometric" or "uniform"
     branch_budget: int  # branches per request
@@ -68,7 +68,7 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
         Args:
             params: vLLM's, or None for a request that is not sampled.
             seed: of any size; the low 64 bits count.
-            vocab_size: of the target; a `top_k` of as much is none.
+            vocab_size: of what the draft draws from; a `top_k` of as much is none.
         """
         if params is None or params.temperature < GREEDY_BELOW:
             return cls()

@@ -62,7 +62,7 @@ class DeferredRounds:
         histories: the requests' tokens; used by the thread, in the order of rounds, under the lock.
         max_num_reqs: the model runner's slots, which are also the outcome cache's.
         num_speculative_tokens: K.
-        vocab_size: V.
+        vocab_size: of the tokens that target and draft both have.
         device: where outcomes and drafts are.
     """
 

@@ -45,7 +45,7 @@ class Proposer:
         history: a request's tokens so far, prompt and output.
         observer: is told of every round.
         planner: how many drafts a round verifies and how many branches the draft makes.
-        vocab_size: V, of target and draft.
+        vocab_size: of the tokens that target and draft both have.
         num_speculative_tokens: K.
         wait_s: how long a round may wait for predicted outcomes to reach depth K, in seconds.
     """
@@ -237,7 +237,8 @@ class Proposer:
         missed = []
         for row, drafts in zip(rows, found or [None] * len(rows), strict=True):
             row.request.drafts = Drafts(DRAFT, drafts) if drafts else NOTHING
-            if not drafts and plan.num_drafts:  # not predicted, or no draft token is there yet
+            # Not predicted, or no draft token is there yet. What the draft cannot embed it cannot continue.
+            if not drafts and plan.num_drafts and row.outcome.token < self._vocab_size:
                 missed.append(row)
         if missed:
             outcomes = [MissedOutcome(row.request_id, row.outcome, row.sampled) for row in missed]
@@ -256,7 +257,7 @@ class Proposer:
                 row.outcome.slot,
                 row.outcome.epoch,
                 row.outcome.round,
-                row.sampled,
+                self._embeddable(row.sampled),
                 row.request.drafts.tokens,
                 row.num_verified,
             )
@@ -280,6 +281,10 @@ class Proposer:
         ends = (place for place, token in enumerate(tokens) if not 0 <= token < self._vocab_size)
         return tokens[: next(ends, None)]
 
+    def _embeddable(self, tokens: list[int]) -> list[int]:
+        """An outcome as the draft can embed it: the token at its end may be one that only the target has."""
+        return [*tokens[:-1], min(tokens[-1], self._vocab_size - 1)]
+
     def _fits(self, request: LiveRequest) -> bool:
         return request.length + self._most_drafts + 1 <= self._link.max_model_len
 
@@ -290,7 +295,7 @@ class Proposer:
     def _introduce(self, request: LiveRequest, tokens: list[int]) -> None:
         self._last_epoch += 1
         request.epoch, request.round = self._last_epoch, 0
-        # vLLM takes token ids that no vocabulary has, such as those of images; the draft would embed them.
+        # vLLM takes token ids that no vocabulary has, such as those of images, and others the draft may lack.
         within = np.array(tokens, dtype=np.int64).clip(0, self._vocab_size - 1)
         packed = within.astype("<i4").tobytes()
         if not self._link.send(Start(request.slot, request.epoch, packed, request.sampling)):

@@ -46,6 +46,7 @@ class SSDModelRunner(CPUModelRunner):
         self.proposer = Follower()
         self._new_seeds = torch.Generator().manual_seed(_shared_seed(vllm_config.model_config.seed))
         self._is_coupled = vllm_config.speculative_config.ssd_verify == "coupled"
+        self._common_vocab_size = vllm_config.speculative_config.common_vocab_size
         self._seeds: dict[str, int] = {}  # of the requests that are sampled
         gumbel(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), 1)  # compile it now
 
@@ -93,7 +94,7 @@ class SSDModelRunner(CPUModelRunner):
     def _describe(self, request_id: str, seed: int) -> tuple[list[int], Sampling]:
         """The request's tokens so far, and how the draft is to sample: as the target."""
         params = self.requests[request_id].sampling_params
-        sampling = Sampling.of(params, seed, self.input_batch.vocab_size)
+        sampling = Sampling.of(params, seed, self._common_vocab_size)
         return self.token_history(request_id), sampling
 
     def _seed(self, request_id: str) -> int:

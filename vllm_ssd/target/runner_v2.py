@@ -49,13 +49,14 @@ class SSDSpeculator(BaseSpeculator):
         ssd = vllm_config.speculative_config
         self.proposer = Follower()
         self._max_num_reqs = vllm_config.scheduler_config.max_num_seqs
-        self._vocab_size = vllm_config.model_config.get_vocab_size()
+        self._common_vocab_size = ssd.common_vocab_size
         self._device = device
         self._most_drafts: int = ssd.num_speculative_tokens
         self.num_drafts = torch.zeros(self._max_num_reqs, dtype=torch.int32, device=device)  # by vLLM's slot
         self.draft_logits: Tensor | None = None  # [max_num_reqs, K, V]; vLLM divides by the temperature
         if ssd.ssd_verify == "ratio":
-            shape = (self._max_num_reqs, self._most_drafts, self._vocab_size)
+            vocab_size = vllm_config.model_config.get_vocab_size()
+            shape = (self._max_num_reqs, self._most_drafts, vocab_size)
             self.draft_logits = torch.zeros(shape, dtype=torch.float32, device=device)
         self._can_defer = runs_ahead(vllm_config)
         self._deferred: DeferredRounds | None = None
@@ -74,7 +75,7 @@ class SSDSpeculator(BaseSpeculator):
                 self._histories,
                 self._max_num_reqs,
                 self._most_drafts,
-                self._vocab_size,
+                self._common_vocab_size,
                 self._device,
             )
 
@@ -109,7 +110,7 @@ class SSDSpeculator(BaseSpeculator):
         self._histories.begin(request.req_id, tokens)
         if params.structured_outputs is not None:
             self._with_grammar.add(request.req_id)
-        return tokens, Sampling.of(params, seed, self._vocab_size)
+        return tokens, Sampling.of(params, seed, self._common_vocab_size)
 
     def remove(self, request_id: str) -> None:
         """A request leaves the batch: finished, aborted or preempted. Unknown ids are ignored."""

@@ -176,7 +176,7 @@ class TargetsDraft:
             history,
             observer,
             self._planner,
-            self._vllm_config.model_config.get_vocab_size(),
+            ssd.common_vocab_size,
             ssd.num_speculative_tokens,
             ssd.ssd_wait_ms / 1000,
         )
@@ -241,7 +241,7 @@ def _configure(ssd: SSDSpeculativeConfig, vllm_config: VllmConfig) -> Configure:
     options = {
         "model": draft.model_weights
         or draft.model,  # where vLLM fetched the config alone, it keeps the rest's
-        "vocab_size": draft.get_vocab_size(),
+        "vocab_size": ssd.common_vocab_size,
         "engine_args": draft_engine_args(ssd, vllm_config),
         "device": ssd.placement.device,
         "cores": ssd.placement.cores,

@@ -29,7 +29,8 @@ class PointMass:
     """
 
 
-DraftDistribution = Float32Array | PointMass  # an array is [at least the row's number of drafts, V]
+# An array is [at least the row's number of drafts, at most V]: the draft may lack the target's last tokens.
+DraftDistribution = Float32Array | PointMass
 
 
 def verify(
@@ -65,11 +66,11 @@ def distribution_as_logits(
     distribution: DraftDistribution, drafts: Sequence[int], temperature: float, vocab_size: int
 ) -> Tensor:
     """[n, V] logits of n drafts whose softmax at the temperature is their q, for vLLM's V2 verifier."""
+    q = torch.zeros(len(drafts), vocab_size)
     if isinstance(distribution, PointMass):
-        q = torch.zeros(len(drafts), vocab_size)
         q[torch.arange(len(drafts)), torch.tensor(drafts)] = 1.0
     else:
-        q = torch.from_numpy(distribution[: len(drafts)])
+        q[:, : distribution.shape[1]] = torch.from_numpy(distribution[: len(drafts)])
     return q.log() * temperature
 
 
@@ -87,6 +88,6 @@ def _stacked(
         if isinstance(distribution, PointMass):
             q[part].scatter_(1, at_draft[part], is_draft[part, None].float())
         else:
-            q[part] = torch.from_numpy(distribution[:count])
+            q[part, : distribution.shape[1]] = torch.from_numpy(distribution[:count])
         begin += count
     return q

@@ -182,6 +182,17 @@ def test_tokens_of_no_vocabulary_are_clamped(bench: Bench) -> None:
     assert tokens_of(start) == [5, 0, 7, VOCAB - 1, VOCAB - 1, VOCAB - 1]
 
 
+def test_an_outcome_that_the_draft_cannot_embed(bench: Bench) -> None:
+    """A target may have more tokens: the row goes on without drafts, and the draft with another token."""
+    a = bench.start("a")
+    bench.link.publish(a, 0, 1, VOCAB - 1, [51])
+    bench.link.publish(a, 1, 0, 50, [51, 52, 53])
+    assert bench.proposer.propose(["a"], [[7, VOCAB]]) == [[]]
+    assert bench.outcomes() == [RoundOutcome(a.slot, a.epoch, 0, [7, VOCAB - 1], [], 0)]
+    assert bench.proposer.propose(["a"], [[50]]) == [[51, 52, 53]]
+    assert (bench.counters["lookups"], bench.counters["hits"], bench.counters["backup_none"]) == (2, 1, 1)
+
+
 def test_n_grams_of_a_prompt_with_such_tokens_end_before_them(bench: Bench) -> None:
     bench.start("a")
     bench.history["a"] = [VOCAB]

@@ -43,7 +43,8 @@ def test_a_request_whose_tokens_vllm_drops_is_introduced_again(monkeypatch: pyte
         for name, output in (("cut", [1, 2, 3]), ("whole", [4, 5]))
     }
     runner._seeds, runner._new_seeds = {}, torch.Generator()
-    runner.input_batch = SimpleNamespace(vocab_size=512, thinking_budget_state_holder=None)
+    runner.input_batch = SimpleNamespace(thinking_budget_state_holder=None)
+    runner._common_vocab_size = 512
     cached = SimpleNamespace(
         req_ids=list(counts), num_output_tokens=list(counts.values()), resumed_req_ids=set()
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from vllm_ssd.draft.sampling import saguaro
 from vllm_ssd.verify import ratio
 from vllm_ssd.verify.noise import draft_seed, gumbel
-from vllm_ssd.verify.ratio import DraftDistribution, PointMass, verify
+from vllm_ssd.verify.ratio import DraftDistribution, PointMass, distribution_as_logits, verify
 from vllm_ssd.verify.verification import Places, draw
 
 VOCAB, COUNT = 6, 20_000
@@ -111,6 +111,18 @@ def test_a_greedy_row_keeps_the_likeliest_token_alone() -> None:
     seeds = torch.arange(50)
     assert {len(row) for row in verified(as_distribution(Q), torch.zeros_like(seeds), seeds, True)} == {2}
     assert verified(as_distribution(Q), torch.ones_like(seeds), seeds, True) == [[0]] * 50
+
+
+def test_a_draft_with_fewer_tokens() -> None:
+    """Of the last ones it draws none."""
+    seeds, few = torch.arange(COUNT), VOCAB - 2
+    q = Q[:few] / Q[:few].sum()
+    drafts = drawn(torch.cat([q, torch.zeros(2)]), seeds, 7)
+    rows = verified(as_distribution(q), drafts, seeds)
+    assert p_value([row[0] for row in rows], P) > 1e-3
+    assert (torch.tensor([row[0] for row in rows]) >= few).any()
+    logits = distribution_as_logits(as_distribution(q), [0], 0.5, VOCAB)
+    assert torch.allclose((logits / 0.5).softmax(dim=-1), torch.cat([q, torch.zeros(2)]))
 
 
 @pytest.mark.parametrize(
