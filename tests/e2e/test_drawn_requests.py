@@ -20,8 +20,8 @@ from answers import ask, difference, sequences
 from engines import Engines, in_worker, metric, ssd, stats
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from models import EOS, NUM_SPECIAL, SYMBOLS
 from oracle import MODES, with_oracle, without_oracle
+from tiny_models import EOS, NUM_SPECIAL, SYMBOLS
 
 FULL = os.environ.get("VLLM_SSD_FULL") == "1"
 pytestmark = pytest.mark.timeout(7200 if FULL else 600)

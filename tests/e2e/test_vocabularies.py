@@ -22,7 +22,7 @@ from engines import (
     ssd,
     stats,
 )
-from models import write_padded_pair
+from tiny_models import write_padded_pair
 from transformers import LlamaForCausalLM
 
 from vllm_ssd.target import backup, served_probs

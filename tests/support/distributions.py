@@ -18,8 +18,8 @@ import numpy.typing as npt
 import pytest
 import torch
 from engines import generate
-from models import NUM_SPECIAL, SYMBOLS
 from scipy.stats import chisquare
+from tiny_models import NUM_SPECIAL, SYMBOLS
 from transformers import LlamaForCausalLM
 
 FULL = os.environ.get("VLLM_SSD_FULL") == "1"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from models import write_pair
+from tiny_models import write_pair
 
 Pair = tuple[Path, Path]
 

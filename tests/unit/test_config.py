@@ -147,7 +147,7 @@ def test_values_out_of_range_are_named(pair: Pair, options: dict[str, Any]) -> N
 
 
 def test_another_vocabulary(pair: Pair, tmp_path: Path) -> None:
-    from models import llama, write
+    from tiny_models import llama, write
 
     model = llama(1, 300, seed=0, sharpness=1.0)
     other = write(model, tmp_path / "other")
@@ -160,7 +160,7 @@ def test_another_vocabulary(pair: Pair, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("num_tokens", [(512, 480), (480, 512)])
 def test_one_tokenizer_with_other_padding(tmp_path: Path, num_tokens: tuple[int, int]) -> None:
-    from models import write_padded_pair
+    from tiny_models import write_padded_pair
 
     from vllm_ssd.target.worker import _configure
 
