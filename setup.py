@@ -16,6 +16,7 @@ EXTRAS = {
     "cuda": ["vllm>=0.32,<0.34"],
     # What the tests and scripts use beside vLLM; pinned in requirements/cpu.lock.
     "dev": [
+        "gguf",
         "hypothesis",
         "matplotlib",
         "mypy",
