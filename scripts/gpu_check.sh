@@ -64,7 +64,7 @@ run_tests() { # NAME SECONDS PYTEST_ARGUMENTS...
 }
 
 if [[ $NAME == gpu_check_runner ]]; then
-  run_tests runner 560 tests/v2/test_v2_runner.py
+  run_tests runner 560 tests/v2/test_v2_runner.py tests/v2/test_v2_exactness.py
 else
   run_tests deferred 90 tests/v2/test_outcome_gpu.py tests/v2/test_deferred.py
   run_tests kernels 150 tests/v2/test_kernels.py

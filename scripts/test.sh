@@ -56,13 +56,12 @@ fi
 check_step "style: ruff check" ruff check .
 check_step "style: ruff format" ruff format --check --quiet .
 check_step "types: mypy" mypy
-# In both stages with workers a module's tests stay together, for what they share is costly; each worker loads vLLM.
+# In all stages a module's tests stay together, for what they share is costly; each worker loads vLLM.
 stage "unit tests" 900 tests/unit --numprocesses=auto --maxprocesses=8 --dist=loadscope
-# The costly part, only on sound ground. Two engines side by side, each target on a core of its own (tests/conftest.py);
-# not so where kernels are interpreted, which keeps both cores busy already.
+# The costly part, only on sound ground. Two engines side by side, each target on a core of its own (tests/conftest.py).
 if (( ! IS_FAST && ! ${#FAILED[@]} )); then
   stage "tests with vLLM" 2700 tests/e2e --numprocesses=2 --dist=loadscope
-  stage "tests with vLLM's V2 runner, interpreted" 2700 tests/v2
+  stage "tests with vLLM's V2 runner, interpreted" 2700 tests/v2 --numprocesses=2 --dist=loadscope
 fi
 
 if (( ${#FAILED[@]} )); then
