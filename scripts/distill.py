@@ -90,7 +90,6 @@ def converse(llm: Any, rng: random.Random) -> list[list[int]]:
                 max_tokens=320 if long else 96,
                 min_tokens=200 if long else 4,
                 stop_token_ids=stop,
-                seed=rng.getrandbits(32),
             )
             for long in is_passage
         ],
@@ -104,7 +103,6 @@ def converse(llm: Any, rng: random.Random) -> list[list[int]]:
             SamplingParams(
                 temperature=rng.choice(TEMPERATURES),
                 max_tokens=rng.choice((128, 256, 320)),
-                seed=rng.getrandbits(32),
             )
             for _ in prompts
         ],
@@ -262,7 +260,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def say(text: str) -> None:
-    """Print with the time of day: the script may run for hours."""
+    """Print with the time of day."""
     print(time.strftime("%H:%M:%S"), text, flush=True)
 
 
@@ -281,6 +279,8 @@ def main() -> None:
     parser.add_argument("--report", type=int, default=250, help="steps between reports and checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.texts <= SHARD:
+        parser.error(f"--texts: {SHARD} are held out, so more are needed")
     work = args.out / "work"
     work.mkdir(parents=True, exist_ok=True)
     write_shards(args.target, work, args.texts, args.seed)
