@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from types import SimpleNamespace
 
@@ -24,8 +25,24 @@ def _interpret_kernels() -> None:
     from triton import language as tl
     from triton.backends import backends
     from triton.language.extra import libdevice
+    from triton.runtime import interpreter
 
     # vLLM takes Triton for usable if there is an active backend, and on the CPU if there is one of this name.
     backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
     # Device libraries come with a backend. vLLM's rejection sampler needs this function of theirs alone.
     libdevice.log1p = lambda value: tl.log(1.0 + value)
+
+    # At every call of a device function, the interpreter looks through all of triton.language for builtins: a
+    # third of all time. Which names are builtins does not change, so they are looked for once.
+    names: dict[object, list[str]] = {}
+
+    def patch_builtin(package: object, builder: object, scope: object) -> None:
+        if package not in names:
+            members = inspect.getmembers(package)
+            names[package] = [name for name, member in members if tl.core.is_builtin(member)]
+        for name in names[package]:
+            member = getattr(package, name)
+            if tl.core.is_builtin(member):  # not patched yet
+                interpreter._patch_attr(package, name, member, builder, scope)
+
+    interpreter._patch_builtin = patch_builtin
