@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 OPENINGS = json.loads(Path(__file__).with_name("distill_openings.json").read_text())
 TEMPERATURES = (0.0, 0.0, 0.6, 1.0)
 MAX_TOKENS = 768  # of a text
-SHARD = 128  # texts
+SHARD = 256  # texts of a file
 CORES = os.sched_getaffinity(0)
 
 
@@ -60,7 +60,7 @@ def write_shards(target: Path, work: Path, num_texts: int, seed: int) -> None:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine ends with what it is for
     from vllm import LLM
 
-    llm = LLM(str(target), max_model_len=MAX_TOKENS + 256, max_num_seqs=SHARD, seed=seed)
+    llm = LLM(str(target), max_model_len=MAX_TOKENS + 256, max_num_seqs=SHARD // 2, seed=seed)
     for index in missing:
         start = time.monotonic()
         texts = converse(llm, random.Random(f"{seed} {index}"))
@@ -86,7 +86,7 @@ def converse(llm: Any, rng: random.Random) -> list[list[int]]:
         ],
         [
             SamplingParams(
-                temperature=rng.choice((0.7, 1.0)),
+                temperature=rng.choice((0.6, 0.8)),
                 max_tokens=320 if long else 96,
                 min_tokens=200 if long else 4,
                 stop_token_ids=stop,
@@ -126,22 +126,31 @@ def template_around(tokenizer: Any) -> tuple[str, str]:
     return before, after
 
 
+def states_of(model: Any, sequences: list[torch.Tensor]) -> torch.Tensor:
+    """Return the model's last hidden states of these token ids, `[tokens of all, hidden]`, from one batch."""
+    tokens = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(model.device)
+    lengths = torch.tensor([len(ids) for ids in sequences], device=model.device)
+    is_token = torch.arange(tokens.shape[1], device=model.device) < lengths[:, None]
+    with torch.autocast(model.device.type, torch.bfloat16):  # no mask: padding comes last, and nothing looks ahead
+        return model.model(tokens, use_cache=False).last_hidden_state[is_token]
+
+
 @torch.no_grad()
 def add_hidden(target: Any, work: Path) -> list[Text]:
     """Return all texts with the target's last hidden states, which are computed once and kept in `work`."""
     texts = []
     for path in sorted(work.glob("text*.json"), key=lambda path: int(path.stem[4:])):
-        tokens = [torch.tensor(ids) for ids in json.loads(path.read_text())]
-        kept = work / f"{path.stem}.safetensors"
+        shard = [Text(torch.tensor(ids), torch.empty(0)) for ids in json.loads(path.read_text())]
+        shard.sort(key=lambda text: len(text.tokens))
+        kept = path.with_suffix(".safetensors")
         if not kept.exists():
             say(f"hidden states of {path.name}")
-            states = [target.model(ids[None].to(target.device)).last_hidden_state[0].cpu() for ids in tokens]
-            save_file(
-                {str(row): state.to(torch.bfloat16) for row, state in enumerate(states)}, f"{kept}.part"
-            )
+            groups = [[text.tokens for text in shard[row : row + 8]] for row in range(0, len(shard), 8)]
+            states = torch.cat([states_of(target, group).cpu() for group in groups])
+            save_file({"states": states.to(torch.bfloat16)}, f"{kept}.part")
             Path(f"{kept}.part").rename(kept)
-        hidden = load_file(kept)
-        texts += [Text(ids, hidden[str(row)]) for row, ids in enumerate(tokens)]
+        states = load_file(kept)["states"].split([len(text.tokens) for text in shard])
+        texts += [Text(text.tokens, hidden) for text, hidden in zip(shard, states, strict=True)]
     return texts
 
 
@@ -166,37 +175,41 @@ def batches(texts: list[Text], size: int, rng: random.Random) -> Iterator[list[T
         yield from groups
 
 
-def hidden_of(draft: Any, group: list[Text]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the draft's and the target's last hidden states, `[tokens, hidden]` each, of a batch."""
-    device = draft.device
-    tokens = torch.nn.utils.rnn.pad_sequence([text.tokens for text in group], batch_first=True).to(device)
-    lengths = torch.tensor([len(text.tokens) for text in group], device=device)
-    is_token = (
-        torch.arange(tokens.shape[1], device=device) < lengths[:, None]
-    )  # padding is behind: causal suffices
-    with torch.autocast(device.type, torch.bfloat16):
-        states = draft.model(tokens, use_cache=False).last_hidden_state
-    return states[is_token], torch.cat([text.hidden for text in group]).to(device)
+def both_states(draft: Any, group: list[Text]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the draft's and the target's last hidden states of a batch, `[tokens, hidden]` each."""
+    wanted = torch.cat([text.hidden for text in group])
+    return states_of(draft, [text.tokens for text in group]), wanted.to(draft.device)
 
 
-def distances(states: torch.Tensor, wanted: torch.Tensor, head: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return, per token, cross-entropy to the target's distribution, if the best tokens agree, and 1 - TV."""
-    with torch.autocast(states.device.type, torch.bfloat16):
-        own = F.linear(states, head).float().log_softmax(-1)
-        with torch.no_grad():
-            target = F.linear(wanted, head).float().softmax(-1)
-    agree = own.detach().argmax(-1) == target.argmax(-1)
-    overlap = torch.minimum(own.detach().exp(), target).sum(-1)
-    return -(target * own).sum(-1), agree.float(), overlap
+class CrossEntropy(torch.autograd.Function):
+    """The mean cross-entropy to the target's distribution, in bfloat16: twice as fast as by autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, wanted: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        """Take hidden states `[tokens, hidden]` of draft and target, and output rows `[vocabulary, hidden]`."""
+        target = F.linear(wanted, head).softmax(-1)
+        own = F.linear(states.to(head.dtype), head).log_softmax(-1)
+        loss = -torch.linalg.vecdot(target, own).float().mean()
+        ctx.save_for_backward(own.exp_().sub_(target), head)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """Softmax less target, as for every cross-entropy."""
+        difference, head = ctx.saved_tensors
+        return (difference @ head).float() * (grad / len(difference)), None, None
 
 
 @torch.no_grad()
 def evaluate(draft: Any, held_out: list[Text]) -> tuple[float, float]:
     """Return greedy agreement and 1 - TV over all tokens of the vocabulary, means over the held-out texts."""
-    sums, count = torch.zeros(2), 0
+    head, sums, count = draft.lm_head.weight.to(torch.bfloat16), torch.zeros(2), 0
     for text in held_out:
-        _, agree, overlap = distances(*hidden_of(draft, [text]), draft.lm_head.weight)
-        sums += torch.stack([agree.sum(), overlap.sum()]).cpu()
+        states, wanted = both_states(draft, [text])
+        own = F.linear(states.to(head.dtype), head).float().softmax(-1)
+        target = F.linear(wanted, head).float().softmax(-1)
+        overlap = torch.minimum(own, target).sum()
+        sums += torch.stack([(own.argmax(-1) == target.argmax(-1)).sum(), overlap]).cpu()
         count += len(text.tokens)
     agreement, overlap_mean = (sums / count).tolist()
     return agreement, overlap_mean
@@ -209,7 +222,7 @@ def train(draft: Any, texts: list[Text], args: argparse.Namespace, work: Path) -
     frequent = torch.tensor(sorted(token for token, _ in counts.most_common(args.loss_tokens)))
     head = draft.lm_head.weight[frequent.to(draft.device)].to(torch.bfloat16)
     learning = [value for value in draft.parameters() if value.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=args.rate, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(learning, lr=args.rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, args.steps))
     checkpoint, step, spent = work / "checkpoint.pt", 0, 0.0
     if checkpoint.exists():
@@ -237,7 +250,7 @@ def train(draft: Any, texts: list[Text], args: argparse.Namespace, work: Path) -
             losses = []
         if step >= args.steps:
             return
-        loss = distances(*hidden_of(draft, next(stream)), head)[0].mean()
+        loss = CrossEntropy.apply(*both_states(draft, next(stream)), head)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learning, 1.0)
         optimizer.step()
