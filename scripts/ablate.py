@@ -204,12 +204,10 @@ def task(prompts: Sequence[list[int]], point: Point, out_tokens: int) -> Generat
 def row(point: Point, found: Measurements, cores: Cores) -> dict[str, Any]:
     """A point's figures."""
     figures = summarise(found, point.temperature, cores)
-    first = figures["acceptance_per_position"][0]
     return {
         "series": point.series,
         "x": point.x,
         "options": point.options,
-        "first_accepted": first,
         **figures,
     }
 

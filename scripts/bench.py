@@ -1,14 +1,17 @@
-"""Compares decoding without speculation, vLLM's draft_model and SSD, on the same prompts and target core.
+"""Compares decoding without speculation, vLLM's own speculation and SSD, on the same prompts and target core.
 
     python scripts/bench.py --target T --draft D --methods ar,draft_model,ssd --k 4 --batch 1,4,8 --json F
 
-Every engine lives in a process of its own, all at the same time, and only one works at a time: repeat by
-repeat and batch size by batch size they take turns, so that a machine whose speed drifts is as fast for one
-as for the other. Before each measurement its engine does the like for two seconds, unmeasured: what is
-measured is an engine under load. Each measurement has prompts that no engine has seen. Figures are medians
-over the repeats; ratios are taken within each repeat, and then their median. Targets run on the first core,
-the draft process of SSD on the second. Time counts from the arrival of the prompts, so their prefill is in
-it.
+The prompts are those of scripts/prompts.jsonl, or of Spec-Bench or any other file with --prompts. Each task
+is as many of one category as the batch size; where a category has fewer, some come twice. Figures are of
+all tasks together and of each category, with bootstrap intervals over the tasks.
+
+Every engine lives in a process of its own, all at the same time, and only one works at a time: some tasks
+at a time they take turns, so that a machine whose speed drifts is as fast for one as for the other. Before
+each turn its engine works for two seconds, unmeasured: what is measured is an engine under load. Targets run
+on the first core, the draft process of SSD on the second; with --all-cores, the methods without a draft
+process are also measured with a thread on each core. Time counts from the arrival of the prompts, so their
+prefill is in it.
 
 Exit status: 0 measured; 1 an engine failed.
 """
@@ -18,13 +21,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 from arguments import parse_number, parse_numbers, parse_object
 from bench_rows import Contestant, Measurements, add_speedups, print_tables, summarise
 from harness import (
+    SSD_METHODS,
     EngineFailed,
     EngineProcess,
     EngineSpec,
@@ -35,10 +40,13 @@ from harness import (
     exit_on_signals,
     running_engines,
 )
+from prompts import DEFAULT_PROMPTS, Prompt, read_prompts
 from provenance import describe_run, write_json
 from rich.console import Console
 
-METHODS = ("ar", "draft_model", "ssd")
+METHODS = ("ar", "ngram", "draft_model", "ssd", "ssd_planned")
+TURN_PROMPTS = 8  # at least, before the next engine's turn
+LEAD_TOKENS = 32
 PROMPT_SEED = 1  # the check for losslessness uses others; none is used in training
 BLOCK_SIZE = 128  # vLLM's default on the CPU
 SPARE_POSITIONS = 64  # so that no speculation is cut short at the longest length
@@ -46,9 +54,39 @@ SPARE_POSITIONS = 64  # so that no speculation is cut short at the longest lengt
 console = Console(width=None if sys.stdout.isatty() else 100)  # a log has no width of its own
 
 
-def contestants(methods: Sequence[str], ks: Sequence[int]) -> list[Contestant]:
-    """Every method that speculates with every K."""
-    return [Contestant(method, k) for method in methods for k in ([None] if method == "ar" else ks)]
+def contestants(methods: Sequence[str], ks: Sequence[int], all_cores: bool = False) -> list[Contestant]:
+    """Every method that speculates with every K; with the planner, K is a ceiling."""
+    of_method = dict.fromkeys(methods, ks) | {"ar": [None], "ssd_planned": [max(ks)]}
+    found = [Contestant(method, k) for method in methods for k in of_method[method]]
+    if all_cores:
+        found += [Contestant(one.method, one.k, True) for one in found if one.method not in SSD_METHODS]
+    return found
+
+
+@dataclass(frozen=True)
+class Group:
+    """The prompts of one task, all of one category."""
+
+    category: str
+    prompts: list[list[int]]  # token ids
+
+
+def group_prompts(prompts: Sequence[Prompt], batch: int) -> list[Group]:
+    """Return groups of `batch` prompts of one category, every prompt in one at least."""
+    groups = []
+    for category in dict.fromkeys(prompt.category for prompt in prompts):
+        mine = [prompt.token_ids for prompt in prompts if prompt.category == category]
+        for start in range(0, len(mine), batch):
+            chosen = list(islice(cycle(mine), start, start + batch))
+            groups.append(Group(category, chosen))
+    return groups
+
+
+def turns(groups: Sequence[Group], batch: int) -> Iterator[list[int]]:
+    """Yield the indices of the groups that an engine works off in one turn."""
+    size = -(-TURN_PROMPTS // batch)
+    for start in range(0, len(groups), size):
+        yield list(range(len(groups)))[start : start + size]
 
 
 def turn_order(count: int, turn: int) -> list[int]:
@@ -85,77 +123,76 @@ class Bench:
 
     Args:
         args: see `parse_arguments`.
+        prompts: what the engines are given.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, prompts: Sequence[Prompt]) -> None:
         self._args = args
         self._cores = choose_cores()
-        self._contestants = contestants(args.methods, args.k)
-        num_turns = args.repeats * len(args.batch)
-        self._num_steps = 1 + len(self._contestants) * num_turns
-        self._measured = [
-            Measurements(contestant, batch, []) for batch in args.batch for contestant in self._contestants
-        ]
+        self._contestants = contestants(args.methods, args.k, args.all_cores)
+        self._groups = {batch: group_prompts(prompts, batch) for batch in args.batch}
+        self._longest = max(len(prompt.token_ids) for prompt in prompts)
+        self._measured = {
+            batch: [
+                Measurements(contestant, batch, [], [group.category for group in groups])
+                for contestant in self._contestants
+            ]
+            for batch, groups in self._groups.items()
+        }
 
     def run(self) -> None:
         """Start all engines, then let them take turns."""
-        with Progress(console, self._num_steps) as progress:
+        num_turns = sum(len(list(turns(groups, batch))) for batch, groups in self._groups.items())
+        with Progress(console, 1 + num_turns * len(self._contestants)) as progress:
             progress.step("starting " + ", ".join(contestant.label for contestant in self._contestants))
             with running_engines([self._spec(contestant) for contestant in self._contestants]) as engines:
-                prompts = self._make_prompts()
                 for engine in engines:
                     engine.await_ready()
-                leads = [self._task(list(islice(prompts, batch)), batch) for batch in self._args.batch]
-                for repeat in range(self._args.repeats):
-                    self._measure(repeat, engines, leads, prompts, progress)
+                for batch in self._args.batch:
+                    self._measure(batch, engines, progress)
 
     def rows(self) -> list[dict[str, Any]]:
         """The JSON file's rows."""
-        rows = [summarise(measured, self._args.temperature, self._cores) for measured in self._measured]
+        rows = [
+            {"category": category} | summarise(part, self._args.temperature, self._cores)
+            for batch in self._args.batch
+            for measured in self._measured[batch]
+            for category, part in measured.by_category().items()
+        ]
         add_speedups(rows)
         return rows
 
     def _spec(self, contestant: Contestant) -> EngineSpec:
         args = self._args
-        more = room_for(max(args.batch), args.prompt_tokens + args.out_tokens) | args.engine_args
+        more = (
+            {"dtype": "auto"} | room_for(max(args.batch), self._longest + args.out_tokens) | args.engine_args
+        )
         return EngineSpec(
             contestant.label,
             engine_args(
                 args.target, contestant.method, args.draft, contestant.k, self._cores, args.ssd_config, **more
             ),
             self._cores,
+            contestant.all_cores,
         )
 
-    def _num_prompts(self, batch: int) -> int:
-        """Of one measurement: whole batches."""
-        return batch * -(-self._args.prompts // batch)
-
-    def _make_prompts(self) -> Iterator[list[int]]:
-        args = self._args
-        count = sum(args.batch) + args.repeats * sum(self._num_prompts(batch) for batch in args.batch)
-        return make_prompts(args.target, count, args.prompt_tokens)
-
-    def _task(self, prompts: list[list[int]], batch: int) -> GenerationTask:
+    def _task(self, prompts: list[list[int]], out_tokens: int) -> GenerationTask:
         count = len(prompts)
         return GenerationTask(
-            prompts, [self._args.out_tokens] * count, [batch] * count, self._args.temperature
+            prompts, [out_tokens] * count, [count] * count, self._args.temperature, may_end=True
         )
 
-    def _measure(
-        self,
-        repeat: int,
-        engines: list[EngineProcess],
-        leads: list[GenerationTask],
-        prompts: Iterator[list[int]],
-        progress: Progress,
-    ) -> None:
-        for turn, (batch, lead) in enumerate(zip(self._args.batch, leads, strict=True)):
-            task = self._task(list(islice(prompts, self._num_prompts(batch))), batch)
-            for index in turn_order(len(engines), repeat + turn):
-                engine = engines[index]
-                progress.step(f"repeat {repeat + 1} of {self._args.repeats}, batch {batch}, {engine.label}")
+    def _measure(self, batch: int, engines: list[EngineProcess], progress: Progress) -> None:
+        groups = self._groups[batch]
+        for turn, indices in enumerate(turns(groups, batch)):
+            lead = self._task(groups[indices[0]].prompts, LEAD_TOKENS)
+            for which in turn_order(len(engines), turn):
+                engine = engines[which]
+                progress.step(f"batch {batch}, {groups[indices[0]].category}, {engine.label}")
                 engine.lead_in(lead)
-                self._measured[turn * len(engines) + index].results.append(engine.generate(task))
+                for index in indices:
+                    result = engine.generate(self._task(groups[index].prompts, self._args.out_tokens))
+                    self._measured[batch][which].results.append(result)
 
 
 def parse_methods(text: str) -> list[str]:
@@ -179,15 +216,16 @@ def parse_arguments() -> argparse.Namespace:
     add("--k", type=parse_numbers, default="4", help="speculative tokens, as in 4 or 2,3,4,5 (default: 4)")
     add("--batch", type=parse_numbers, default="1,4,8", help="batch sizes (default: 1,4,8)")
     add("--temperature", type=float, default=0.0, help="default: 0")
-    add("--out-tokens", type=parse_number, default=256, help="output tokens of each prompt (default: 256)")
-    add("--prompt-tokens", type=parse_number, default=64, help="tokens of each prompt (default: 64)")
+    add("--out-tokens", type=parse_number, default=256, help="output tokens at most (default: 256)")
     add(
         "--prompts",
-        type=parse_number,
-        default=1,
-        help="prompts of one measurement, rounded up to whole batches",
+        type=Path,
+        default=DEFAULT_PROMPTS,
+        help="JSON lines: Spec-Bench's, or a prompt each",
     )
-    add("--repeats", type=parse_number, default=5, help="measurements of each kind (default: 5)")
+    add("--per-category", type=parse_number, help="the first prompts of each category (default: all)")
+    add("--prompt-tokens", type=parse_number, default=2048, help="leave longer prompts out (default: 2048)")
+    add("--all-cores", action="store_true", help="also methods without a draft process on all cores")
     add("--ssd-config", type=parse_object, default="{}", help="further SSD options, as JSON")
     add("--engine-args", type=parse_object, default="{}", help="further vLLM engine arguments, as JSON")
     add("--json", type=Path, required=True, help="where the figures go")
@@ -198,7 +236,11 @@ def main() -> int:
     """Returns the exit status."""
     args = parse_arguments()
     exit_on_signals()
-    bench = Bench(args)
+    from transformers import AutoTokenizer  # seconds
+
+    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    prompts = read_prompts(args.prompts, tokenizer, args.prompt_tokens, args.per_category)
+    bench = Bench(args, prompts)
     try:
         bench.run()
     except EngineFailed as error:
@@ -209,8 +251,9 @@ def main() -> int:
     rows = bench.rows()
     settings = {
         name: getattr(args, name)
-        for name in ("prompt_tokens", "out_tokens", "repeats", "ssd_config", "engine_args")
+        for name in ("per_category", "prompt_tokens", "out_tokens", "ssd_config", "engine_args")
     }
+    settings |= {"prompts": args.prompts.name, "num_prompts": len(prompts)}
     write_json(args.json, describe_run() | {"settings": settings, "rows": rows})
     print_tables(console, rows)
     return 0

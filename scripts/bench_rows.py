@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from statistics import median, quantiles
+from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
-from harness import Cores, GenerationResult
+import numpy as np
+from harness import SSD_METHODS, Cores, GenerationResult
+from intervals import draw_weights, interval, percentiles, ratios
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -18,39 +20,48 @@ QUIET_SHARE = 0.97  # of the target's core that its process got, if nothing else
 
 @dataclass(frozen=True)
 class Contestant:
-    """A method and, where it speculates, its number of speculative tokens."""
+    """A method and, where it speculates, its number of speculative tokens (at most, if planned)."""
 
     method: str
     k: int | None
+    all_cores: bool = False  # of the machine; else one, and one more for the draft process of SSD
 
     @property
     def label(self) -> str:
         """For people."""
-        return self.method if self.k is None else f"{self.method} K={self.k}"
+        text = self.method if self.k is None else f"{self.method} K={self.k}"
+        return text + ", all cores" if self.all_cores else text
 
 
 @dataclass
 class Measurements:
-    """One contestant at one batch size: a result for each repeat, in order."""
+    """One contestant at one batch size: a result for each task, in order.
+
+    `categories` are the tasks' categories; the tasks of two contestants at one batch size are the same.
+    """
 
     contestant: Contestant
     batch: int
     results: list[GenerationResult]
+    categories: list[str] | None = None
 
     @property
     def speeds(self) -> list[float]:
-        """Output tokens per second of each repeat."""
+        """Output tokens per second of each task."""
         return [sum(map(len, result.outputs)) / result.seconds for result in self.results]
 
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Least, greatest, and the range of the middle half."""
-    quarters = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [0.0, 0.0, 0.0]
-    return {
-        "min": rounded(min(values)),
-        "max": rounded(max(values)),
-        "iqr": rounded(quarters[2] - quarters[0]),
-    }
+    def by_category(self) -> dict[str, Measurements]:
+        """Those of each category, and of all as "all"."""
+        parts = {"all": self}
+        names = list(dict.fromkeys(self.categories or []))
+        for name in names if len(names) > 1 else []:
+            chosen = [
+                result
+                for result, category in zip(self.results, self.categories or [], strict=True)
+                if category == name
+            ]
+            parts[name] = replace(self, results=chosen, categories=[name] * len(chosen))
+        return parts
 
 
 def rounded(value: float) -> float:
@@ -63,32 +74,76 @@ def ratio(part: float, whole: float) -> float | None:
     return rounded(part / whole) if whole else None
 
 
+def with_interval(name: str, draws: np.ndarray) -> dict[str, Any]:
+    """Return a figure and its bootstrap interval, 95 %."""
+    value, around = float(draws[0]), interval(draws)
+    return {
+        name: None if np.isnan(value) else rounded(value),
+        f"{name}_interval": around and [rounded(bound) for bound in around],
+    }
+
+
 def summarise(measured: Measurements, temperature: float, cores: Cores) -> dict[str, Any]:
     """One row of the JSON file; comparisons are added by `add_speedups`."""
-    contestant, results, speeds = measured.contestant, measured.results, measured.speeds
-    num_cores = cores.count_with_draft if contestant.method == "ssd" else 1
-    steps = [seconds for result in results for seconds in result.decode_seconds]
+    contestant, results = measured.contestant, measured.results
+    num_cores = cores.count_with_draft if contestant.method in SSD_METHODS else 1
+    if contestant.all_cores:
+        num_cores = cores.available
+    tokens = [sum(map(len, result.outputs)) for result in results]
+    seconds = [result.seconds for result in results]
+    steps = [each for result in results for each in result.decode_seconds]
+    weights = draw_weights(len(results))
+    speed = ratios(weights, tokens, seconds)
     row: dict[str, Any] = {
         "method": contestant.method,
+        "all_cores": contestant.all_cores,
         "batch": measured.batch,
         "k": contestant.k,
         "temperature": temperature,
-        "tok_s": rounded(median(speeds)),
-        "tok_s_spread": spread(speeds),
-        "tok_s_repeats": speeds,
-        "tok_s_per_core": rounded(median(speeds) / num_cores),
+        "tasks": len(results),
+        "tokens": sum(tokens),
+        **with_interval("tok_s", speed),
+        "task_tokens": tokens,
+        "task_seconds": [rounded(each) for each in seconds],
+        "tok_s_per_core": rounded(float(speed[0]) / num_cores),
         "cores": num_cores,
-        "target_core_share": rounded(median(result.cpu_seconds / result.seconds for result in results)),
+        "target_core_share": rounded(sum(result.cpu_seconds for result in results) / sum(seconds)),
         "round_ms": rounded(1000 * median(steps)) if steps else None,
-        "tokens_per_round": ratio(
-            sum(result.decode_tokens for result in results), sum(result.decode_rows for result in results)
+        **with_interval(
+            "tokens_per_round",
+            ratios(weights, [one.decode_tokens for one in results], [one.decode_rows for one in results]),
         ),
+        **summarise_latency(results, weights),
     }
     if contestant.k is not None:
         row |= summarise_acceptance(results, contestant.k)
-        if contestant.method == "ssd":
+        if contestant.method in SSD_METHODS:
             row |= summarise_ssd(results, contestant.k) | summarise_rounds(results, measured.batch)
     return row
+
+
+def summarise_latency(results: Sequence[GenerationResult], weights: np.ndarray) -> dict[str, Any]:
+    """Time to first token, time per output token after it, and between outputs, in milliseconds.
+
+    As `vllm bench serve` defines them, but inside the engine: without a server's HTTP.
+    """
+    found: dict[str, Any] = {}
+    first, per_token, between = [], [], []
+    for result in results:
+        of_requests = list(zip(result.outputs, result.output_seconds, strict=False))
+        first.append([1000 * seconds[0] for _, seconds in of_requests])
+        per_token.append(
+            [
+                1000 * (seconds[-1] - seconds[0]) / (len(output) - 1)
+                for output, seconds in of_requests
+                if len(output) > 1
+            ]
+        )
+        between.append([1000 * gap for _, seconds in of_requests for gap in np.diff(seconds)])
+    for name, values in (("ttft", first), ("tpot", per_token), ("itl", between)):
+        for percent in (50, 99):
+            found |= with_interval(f"{name}_ms_p{percent}", percentiles(weights, values, percent))
+    return found
 
 
 def summarise_acceptance(results: Sequence[GenerationResult], k: int) -> dict[str, Any]:
@@ -98,7 +153,13 @@ def summarise_acceptance(results: Sequence[GenerationResult], k: int) -> dict[st
     """
     drafted = [sum(result.drafted_per_position[i] for result in results) for i in range(k)]
     accepted = [sum(result.accepted_per_position[i] for result in results) for i in range(k)]
+    weights = draw_weights(len(results))
+    first = [
+        [result.accepted_per_position[0] for result in results],
+        [result.drafted_per_position[0] for result in results],
+    ]
     return {
+        **with_interval("first_accepted", ratios(weights, *first)),
         "acceptance_per_position": [ratio(a, d) for a, d in zip(accepted, drafted, strict=True)],
         "accepted_per_position": accepted,
         "drafted_per_position": drafted,
@@ -127,8 +188,9 @@ def summarise_ssd(results: Sequence[GenerationResult], k: int) -> dict[str, Any]
         for name, value in result.ssd.items():
             totals[name] += value
     rounds, steps = totals["rounds"], totals["draft.steps"]
+    hits = [[result.ssd[name] for result in results] for name in ("hits", "lookups")]
     return {
-        "hit_rate": ratio(totals["hits"], totals["lookups"]),
+        **with_interval("hit_rate", ratios(draw_weights(len(results)), *hits)),
         "hit_rate_by_k": [ratio(totals[f"hits_k{i}"], totals[f"lookups_k{i}"]) for i in range(k + 1)],
         "lookups_by_k": [totals[f"lookups_k{i}"] for i in range(k + 1)],
         "late": totals["late"],
@@ -147,22 +209,27 @@ def summarise_ssd(results: Sequence[GenerationResult], k: int) -> dict[str, Any]
 
 
 def add_speedups(rows: list[dict[str, Any]]) -> None:
-    """Compare each row with the ones of its batch size: ratios within each repeat, then their median."""
+    """Compare each row with those of its batch size and category on one core: the ratio of speeds."""
     for row in rows:
-        peers = [other for other in rows if other["batch"] == row["batch"]]
+        peers = [
+            other
+            for other in rows
+            if not other["all_cores"] and all(other.get(key) == row.get(key) for key in ("batch", "category"))
+        ]
         plain = [other for other in peers if other["method"] == "ar"]
         stock = [other for other in peers if other["method"] == "draft_model"]
-        if plain and row["method"] != "ar":
+        if plain and row is not plain[0]:
             row |= speedup("speedup_vs_ar", row, plain[0])
-        if stock and row["method"] == "ssd":
+        if stock and row["method"] in SSD_METHODS:
             best = max(stock, key=lambda other: other["tok_s"])
             row |= speedup("speedup_vs_draft_model_best_k", row, best) | {"draft_model_best_k": best["k"]}
 
 
 def speedup(name: str, row: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """`name` and its spread: how many times as fast as `other` this row is."""
-    ratios = [a / b for a, b in zip(row["tok_s_repeats"], other["tok_s_repeats"], strict=True)]
-    return {name: rounded(median(ratios)), f"{name}_spread": spread(ratios)}
+    """`name` and its interval: how many times as fast as `other` this row is."""
+    weights = draw_weights(row["tasks"])
+    ours, theirs = (ratios(weights, each["task_tokens"], each["task_seconds"]) for each in (row, other))
+    return with_interval(name, ours / theirs)
 
 
 def shown(value: Any) -> str:
@@ -177,12 +244,14 @@ def shown(value: Any) -> str:
 # Heading -> cell. The first table is for every method, the second for those that speculate.
 SPEED_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "batch": lambda row: shown(row["batch"]),
-    "method": lambda row: Contestant(row["method"], row["k"]).label,
+    "method": lambda row: Contestant(row["method"], row["k"], row["all_cores"]).label,
     "tok/s": lambda row: shown(row["tok_s"]),
-    "range": lambda row: f"{row['tok_s_spread']['min']:.0f}-{row['tok_s_spread']['max']:.0f}",
+    "95 %": lambda row: "{:.0f}-{:.0f}".format(*row["tok_s_interval"]),
     "/core": lambda row: shown(row["tok_s_per_core"]),
     "ms/round": lambda row: shown(row["round_ms"]),
     "tok/round": lambda row: shown(row["tokens_per_round"]),
+    "TTFT ms": lambda row: shown(row["ttft_ms_p50"]),
+    "ITL p99": lambda row: shown(row["itl_ms_p99"]),
     "x ar": lambda row: shown(row.get("speedup_vs_ar")),
     "x d_m": lambda row: shown(row.get("speedup_vs_draft_model_best_k")),
 }
@@ -213,12 +282,16 @@ def make_table(
 
 def print_tables(console: Console, rows: list[dict[str, Any]]) -> None:
     """The figures that matter most; the JSON file has all."""
-    console.print(make_table("Speed (medians)", SPEED_COLUMNS, rows))
-    speculating = [row for row in rows if row["k"] is not None]
-    if speculating:
-        console.print(make_table("Speculation", SPECULATION_COLUMNS, speculating))
+    for category in dict.fromkeys(row["category"] for row in rows):
+        mine = [row for row in rows if row["category"] == category]
+        what = "" if category == "all" else f", {category}"
+        console.print(make_table(f"Speed{what}", SPEED_COLUMNS, mine))
+        speculating = [row for row in mine if row["k"] is not None]
+        if speculating:
+            console.print(make_table(f"Speculation{what}", SPECULATION_COLUMNS, speculating))
     console.print(
-        "x ar, x d_m: speed relative to no speculation and to draft_model at its best K. accepted: at each "
+        "95 %: bootstrap interval over prompts. x ar, x d_m: speed relative to no speculation and to "
+        "draft_model at its best K, with the target on the same core. accepted: at each "
         "draft position. hits: outcomes predicted, then by accepted length k. ssd ms: what SSD costs the "
         "target in a round. draft ms: one step of the draft process."
     )

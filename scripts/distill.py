@@ -17,15 +17,16 @@ when it is done.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
 import random
 import time
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,21 +51,20 @@ class Text:
     hidden: torch.Tensor
 
 
-def write_shards(target: Path, work: Path, num_texts: int, seed: int) -> None:
+def write_shards(target: Path, work: Path, num_texts: int) -> None:
     """Let the target write `num_texts` conversations; a shard that is there is not written again."""
-    missing = [
-        index for index in range(math.ceil(num_texts / SHARD)) if not (work / f"text{index}.json").exists()
-    ]
+    count = math.ceil(num_texts / SHARD)
+    missing = [index for index in range(count) if not (work / f"text{index}.json").exists()]
     if not missing:
         return
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine ends with what it is for
     from vllm import LLM
 
-    llm = LLM(str(target), max_model_len=MAX_TOKENS + 256, max_num_seqs=SHARD // 2, seed=seed)
+    llm = LLM(str(target), max_model_len=MAX_TOKENS + 256, max_num_seqs=SHARD // 2)
     for index in missing:
         start = time.monotonic()
-        texts = converse(llm, random.Random(f"{seed} {index}"))
-        write_whole(work / f"text{index}.json", json.dumps(texts))
+        texts = converse(llm, random.Random(index))
+        write_whole(work / f"text{index}.json", partial(Path.write_text, data=json.dumps(texts)))
         tokens = sum(map(len, texts))
         say(f"shard {index}: {tokens} tokens, {tokens / (time.monotonic() - start):.0f} tokens/s")
     llm.llm_engine.engine_core.shutdown()
@@ -76,42 +76,33 @@ def converse(llm: Any, rng: random.Random) -> list[list[int]]:
 
     tokenizer = llm.get_tokenizer()
     before, after = template_around(tokenizer)
-    stop = tokenizer(after, add_special_tokens=False).input_ids[:1]
-    starts = [rng.choice(OPENINGS["passage" if rng.random() < 0.2 else "short"]) for _ in range(SHARD)]
-    is_passage = [start in OPENINGS["passage"] for start in starts]
-    turns = llm.generate(
-        [
-            {"prompt_token_ids": tokenizer(before + start, add_special_tokens=False).input_ids}
-            for start in starts
-        ],
-        [
-            SamplingParams(
-                temperature=rng.choice((0.6, 0.8)),
-                max_tokens=320 if long else 96,
-                min_tokens=200 if long else 4,
-                stop_token_ids=stop,
-            )
-            for long in is_passage
-        ],
-        use_tqdm=False,
-    )
-    asked = [start + turn.outputs[0].text for start, turn in zip(starts, turns, strict=True)]
-    prompts = [tokenizer(before + text + after, add_special_tokens=False).input_ids for text in asked]
-    answers = llm.generate(
-        [{"prompt_token_ids": prompt} for prompt in prompts],
-        [
-            SamplingParams(
-                temperature=rng.choice(TEMPERATURES),
-                max_tokens=rng.choice((128, 256, 320)),
-            )
-            for _ in prompts
-        ],
-        use_tqdm=False,
-    )
-    return [
-        (prompt + list(answer.outputs[0].token_ids))[:MAX_TOKENS]
-        for prompt, answer in zip(prompts, answers, strict=True)
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    def write(prompts: list[list[int]], params: list[Any]) -> list[Any]:
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+        return [output.outputs[0] for output in outputs]
+
+    is_passage = [rng.random() < 0.2 for _ in range(SHARD)]
+    starts = [rng.choice(OPENINGS["passage" if long else "short"]) for long in is_passage]
+    for_turns = [
+        SamplingParams(
+            temperature=rng.choice((0.6, 0.8)),
+            max_tokens=320 if long else 96,
+            min_tokens=200 if long else 4,
+            stop_token_ids=ids(after)[:1],
+        )
+        for long in is_passage
     ]
+    turns = write([ids(before + start) for start in starts], for_turns)
+    prompts = [ids(before + start + turn.text + after) for start, turn in zip(starts, turns, strict=True)]
+    for_answers = [
+        SamplingParams(temperature=rng.choice(TEMPERATURES), max_tokens=rng.choice((128, 256, 320)))
+        for _ in prompts
+    ]
+    answers = write(prompts, for_answers)
+    return [(prompt + [*one.token_ids])[:MAX_TOKENS] for prompt, one in zip(prompts, answers, strict=True)]
 
 
 def template_around(tokenizer: Any) -> tuple[str, str]:
@@ -131,7 +122,8 @@ def states_of(model: Any, sequences: list[torch.Tensor]) -> torch.Tensor:
     tokens = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(model.device)
     lengths = torch.tensor([len(ids) for ids in sequences], device=model.device)
     is_token = torch.arange(tokens.shape[1], device=model.device) < lengths[:, None]
-    with torch.autocast(model.device.type, torch.bfloat16):  # no mask: padding comes last, and nothing looks ahead
+    # No mask is needed: padding comes last, and no token sees what comes after it.
+    with torch.autocast(model.device.type, torch.bfloat16):
         return model.model(tokens, use_cache=False).last_hidden_state[is_token]
 
 
@@ -146,9 +138,8 @@ def add_hidden(target: Any, work: Path) -> list[Text]:
         if not kept.exists():
             say(f"hidden states of {path.name}")
             groups = [[text.tokens for text in shard[row : row + 8]] for row in range(0, len(shard), 8)]
-            states = torch.cat([states_of(target, group).cpu() for group in groups])
-            save_file({"states": states.to(torch.bfloat16)}, f"{kept}.part")
-            Path(f"{kept}.part").rename(kept)
+            states = torch.cat([states_of(target, group).cpu().to(torch.bfloat16) for group in groups])
+            write_whole(kept, partial(save_file, {"states": states}))
         states = load_file(kept)["states"].split([len(text.tokens) for text in shard])
         texts += [Text(text.tokens, hidden) for text, hidden in zip(shard, states, strict=True)]
     return texts
@@ -186,7 +177,7 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: torch.Tensor, wanted: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-        """Take hidden states `[tokens, hidden]` of draft and target, and output rows `[vocabulary, hidden]`."""
+        """Take both models' hidden states `[tokens, hidden]` and the output rows `[vocabulary, hidden]`."""
         target = F.linear(wanted, head).softmax(-1)
         own = F.linear(states.to(head.dtype), head).log_softmax(-1)
         loss = -torch.linalg.vecdot(target, own).float().mean()
@@ -211,13 +202,12 @@ def evaluate(draft: Any, held_out: list[Text]) -> tuple[float, float]:
         overlap = torch.minimum(own, target).sum()
         sums += torch.stack([(own.argmax(-1) == target.argmax(-1)).sum(), overlap]).cpu()
         count += len(text.tokens)
-    agreement, overlap_mean = (sums / count).tolist()
-    return agreement, overlap_mean
+    return (sums[0] / count).item(), (sums[1] / count).item()
 
 
-def train(draft: Any, texts: list[Text], args: argparse.Namespace, work: Path) -> None:
+def train(draft: Any, texts: list[Text], args: Namespace, work: Path) -> None:
     """Train to the last step, from the checkpoint if there is one."""
-    held_out, texts = texts[:SHARD], texts[SHARD:]
+    held_out, texts = texts[: SHARD : SHARD // 64], texts[SHARD:]
     counts = Counter(token for text in texts for token in text.tokens.tolist())
     frequent = torch.tensor(sorted(token for token, _ in counts.most_common(args.loss_tokens)))
     head = draft.lm_head.weight[frequent.to(draft.device)].to(torch.bfloat16)
@@ -233,7 +223,7 @@ def train(draft: Any, texts: list[Text], args: argparse.Namespace, work: Path) -
         step, spent = state["step"], state["seconds"]
         say(f"continuing at step {step}")
     started, losses = time.monotonic() - spent, []
-    stream = batches(texts, args.batch, random.Random(f"{args.seed} {step}"))
+    stream = batches(texts, args.batch, random.Random(step))
     while True:
         if step % args.report == 0 or step == args.steps:
             seconds = time.monotonic() - started
@@ -245,8 +235,7 @@ def train(draft: Any, texts: list[Text], args: argparse.Namespace, work: Path) -
                 print(json.dumps(point), file=file)
             state = {"layers": draft.model.layers.state_dict(), "optimizer": optimizer.state_dict()}
             state |= {"schedule": schedule.state_dict(), "step": step, "seconds": seconds}
-            torch.save(state, f"{checkpoint}.part")
-            Path(f"{checkpoint}.part").rename(checkpoint)
+            write_whole(checkpoint, partial(torch.save, state))
             losses = []
         if step >= args.steps:
             return
@@ -265,10 +254,10 @@ def rate_at(step: int, steps: int) -> float:
     return min(1.0, step / 100) * (0.51 + 0.49 * math.cos(math.pi * min(1.0, step / steps)))
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a file that is never seen half written."""
     part = path.with_suffix(".part")
-    part.write_text(text)
+    write(part)
     part.rename(path)
 
 
@@ -279,8 +268,7 @@ def say(text: str) -> None:
 
 def main() -> None:
     """Write text, compute hidden states, train, save the draft."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=Path, required=True)
     parser.add_argument("--layers", required=True, help="the target's layers to start from: 0,1,28,29")
     parser.add_argument("--out", type=Path, required=True)
@@ -290,13 +278,12 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate at its height")
     parser.add_argument("--loss-tokens", type=int, default=16384, help="tokens in the loss")
     parser.add_argument("--report", type=int, default=250, help="steps between reports and checkpoints")
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.texts <= SHARD:
         parser.error(f"--texts: {SHARD} are held out, so more are needed")
     work = args.out / "work"
     work.mkdir(parents=True, exist_ok=True)
-    write_shards(args.target, work, args.texts, args.seed)
+    write_shards(args.target, work, args.texts)
     os.sched_setaffinity(0, CORES)  # vLLM has bound this thread to one
     torch.set_num_threads(len(CORES))
     device = "cuda" if torch.cuda.is_available() else "cpu"

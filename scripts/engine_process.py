@@ -65,11 +65,13 @@ class Engine:
     def __init__(self, spec: EngineSpec) -> None:
         speculation = spec.engine_args.get("speculative_config", {})
         self._is_ssd = speculation.get("method") == "ssd"
+        self._arrived: dict[str, float] = {}  # request id -> time
         self._stats = StepStats(speculation.get("num_speculative_tokens", 0))
         self._engine = LLMEngine.from_engine_args(
             EngineArgs(**spec.engine_args), stat_loggers=[lambda *args, **kwargs: self._stats]
         )
-        _bind_threads(spec.cores.target)
+        if not spec.all_cores:
+            _bind_threads(spec.cores.target)
         self._num_requests = 0
 
     def generate(self, task: GenerationTask) -> GenerationResult:
@@ -79,7 +81,8 @@ class Engine:
             self._engine.collective_rpc("ssd_plan", args=task.plan or ())
         ssd_before = self._ssd_counters()
         count = len(task.prompts)
-        result = GenerationResult(outputs=[[] for _ in range(count)], top_two=[[] for _ in range(count)])
+        outputs, top_two, seconds = ([[] for _ in range(count)] for _ in range(3))
+        result = GenerationResult(outputs=outputs, top_two=top_two, output_seconds=seconds)
         self._run(task, result)
         result.preemptions = self._stats.preemptions
         result.drafted_per_position = self._stats.drafted_per_position
@@ -123,26 +126,28 @@ class Engine:
             temperature=task.temperature,
             seed=index if task.temperature else None,
             max_tokens=task.out_tokens[index],
-            ignore_eos=True,
+            ignore_eos=not task.may_end,
             logprobs=2 if task.want_top_two else None,
             output_kind=RequestOutputKind.DELTA,
         )
         prompt = TokensPrompt(prompt_token_ids=task.prompts[index])
+        self._arrived[request_id] = time.perf_counter()
         self._engine.add_request(request_id, prompt, params)
         return request_id
 
     def _receive_step(self, outputs: list[Any], in_flight: dict[str, int], result: GenerationResult) -> int:
         """Collect the step's new tokens; returns how many they are."""
-        num_tokens = 0
+        num_tokens, now = 0, time.perf_counter()
         for output in outputs:
             assert isinstance(output, RequestOutput)
             completion = output.outputs[0]
             index = in_flight[output.request_id]
             result.outputs[index] += completion.token_ids
             result.top_two[index] += [_top_two(candidates) for candidates in completion.logprobs or ()]
+            result.output_seconds[index].append(now - self._arrived[output.request_id])
             num_tokens += len(completion.token_ids)
             if output.finished:
-                del in_flight[output.request_id]
+                del in_flight[output.request_id], self._arrived[output.request_id]
         return num_tokens
 
     def _ssd_counters(self) -> dict[str, int]:

@@ -31,11 +31,11 @@ IDLE_EXIT_S = 8.0
 BUSY_EXIT_S = 10.0
 LEAD_IN_S = 2.0
 LOG_LINES_SHOWN = 25
+SSD_METHODS = ("ssd", "ssd_planned")
 
-# Why each of these: scripts/setup_env.sh. That all engines have one thread is what makes them comparable.
+# Why each of these: scripts/setup_env.sh.
 ENGINE_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "OMP_NUM_THREADS": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_HOST_IP": "127.0.0.1",
@@ -52,6 +52,7 @@ class Cores:
 
     target: int
     draft: int
+    available: int = 1  # cores that this process may use
 
     @property
     def count_with_draft(self) -> int:
@@ -65,6 +66,11 @@ class EngineSpec:
     label: str
     engine_args: dict[str, Any]
     cores: Cores
+    all_cores: bool = False  # the target has a thread on each of this process's cores, not on one alone
+
+    @property
+    def target_cores(self) -> list[int]:
+        return sorted(os.sched_getaffinity(0)) if self.all_cores else [self.cores.target]
 
 
 @dataclass(frozen=True)
@@ -76,11 +82,12 @@ class GenerationTask:
     """
 
     prompts: list[list[int]]  # token ids
-    out_tokens: list[int]  # exact number of output tokens, end-of-text ignored
+    out_tokens: list[int]  # number of output tokens: exact, unless the text may end before
     max_in_flight: list[int]
     temperature: float = 0.0
     want_top_two: bool = False
     plan: tuple[int, int] | None = None  # K and branch budget, of an engine with SSD; None: as configured
+    may_end: bool = False  # with the model's end of text
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,8 @@ class GenerationResult:
     decode_rows: int = 0  # requests, summed over all steps without any prefill
     decode_tokens: int = 0  # output tokens of these steps
     in_flight: list[int] = field(default_factory=list)  # requests in the engine, per step
+    # Per prompt, from its arrival to each of its outputs.
+    output_seconds: list[list[float]] = field(default_factory=list)
     preemptions: int = 0
     drafted_per_position: list[int] = field(default_factory=list)  # draft tokens verified
     accepted_per_position: list[int] = field(default_factory=list)
@@ -132,7 +141,8 @@ class EngineProcess:
         environment = {
             **os.environ,
             **ENGINE_ENVIRONMENT,
-            "VLLM_CPU_OMP_THREADS_BIND": str(spec.cores.target),
+            "OMP_NUM_THREADS": str(len(spec.target_cores)),
+            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, spec.target_cores)),
         }
         with child_end, log.open("wb") as out:
             self._process = subprocess.Popen(
@@ -279,7 +289,7 @@ class Progress:
 def choose_cores() -> Cores:
     """The target gets this process's first core and the draft the next, if there is one."""
     allowed = sorted(os.sched_getaffinity(0))
-    return Cores(target=allowed[0], draft=allowed[min(1, len(allowed) - 1)])
+    return Cores(allowed[0], allowed[min(1, len(allowed) - 1)], len(allowed))
 
 
 def engine_args(
@@ -295,7 +305,7 @@ def engine_args(
 
     Args:
         target, draft: model folders or names.
-        method: "ar" (no speculation), "draft_model" or "ssd".
+        method: "ar" (no speculation), "ngram", "draft_model", "ssd" or "ssd_planned".
         k: speculative tokens; None for "ar".
         cores: where the SSD draft runs.
         ssd_config: further SSD options.
@@ -306,11 +316,15 @@ def engine_args(
         "disable_log_stats": False,
         "seed": 0,
     }
-    if method != "ar":
-        args["speculative_config"] = {"method": method, "model": draft, "num_speculative_tokens": k}
-    if method == "ssd":
+    if method == "ngram":
+        args["speculative_config"] = {"method": method, "num_speculative_tokens": k}
+    elif method != "ar":
+        name = "ssd" if method in SSD_METHODS else method
+        args["speculative_config"] = {"method": name, "model": draft, "num_speculative_tokens": k}
+    if method in SSD_METHODS:
         # Several engines may compile at once, each with its draft.
         more_time = {"ssd_ready_timeout": READY_TIMEOUT_S}
+        more_time |= {"ssd_planner": True} if method == "ssd_planned" else {}
         args["speculative_config"] |= {"ssd_draft_cores": str(cores.draft)} | more_time | ssd_config
     return args | more
 

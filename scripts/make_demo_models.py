@@ -22,6 +22,7 @@ import torch
 from demo.evaluate import evaluate
 from demo.grown import write_grown
 from demo.nested import find_epsilon, parse_shape, write_random
+from demo.prompts import demo_prompts
 from demo.recipe import train_pair
 from demo.shipped import WEIGHTS, load_model, load_tokenizer, write_models
 
@@ -76,6 +77,10 @@ def main() -> None:
     if options.train:
         train_pair(options.seed, options.work, options.weights)
     write_models(options.out, options.weights)
+    tokenizer = load_tokenizer(options.weights)
+    prompts = demo_prompts(tokenizer, 12, options.seed, 64, 64, shared_prefix_fraction=0.0)
+    lines = [json.dumps({"prompt": tokenizer.decode(prompt, skip_special_tokens=True)}) for prompt in prompts]
+    (options.out / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     if options.report:
         models = (load_model(name, options.weights) for name in ("target", "draft"))
         figures = evaluate(*models, load_tokenizer(options.weights))

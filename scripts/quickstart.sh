@@ -59,8 +59,8 @@ compare() {
   step "comparing plain decoding, draft_model and SSD at batch 1 and 4 (log: $DEMO/bench.log)"
   # pipefail makes the benchmark's exit status count.
   timeout --kill-after=20 600 python scripts/bench.py --target "$DEMO/target" --draft "$DEMO/draft" \
-    --methods ar,draft_model,ssd --k "$K" --batch 1,4 --temperature 0 --out-tokens 128 --repeats 3 \
-    --json "$DEMO/bench.json" 2>"$DEMO/bench.log" &
+    --methods ar,draft_model,ssd --k "$K" --batch 1,4 --temperature 0 --out-tokens 128 --prompts "$DEMO/prompts.jsonl" \
+    --engine-args '{"dtype":"float32"}' --json "$DEMO/bench.json" 2>"$DEMO/bench.log" &
   wait $! || show_and_fail "$DEMO/bench.log" "the benchmark failed"
 }
 

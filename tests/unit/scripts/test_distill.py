@@ -8,19 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "scripts"))
 
 from distill import (
+    CrossEntropy,
     Text,
     add_hidden,
     batches,
+    both_states,
     cut,
-    distances,
     evaluate,
-    hidden_of,
     rate_at,
+    states_of,
     template_around,
 )
 
@@ -74,20 +76,31 @@ def test_half_the_target_does_not(target: LlamaForCausalLM, texts: list[Text]) -
     assert evaluate(cut(target, [0]), texts)[1] < 0.99
 
 
-def test_distances_by_hand() -> None:
-    states, wanted = torch.tensor([[0.0, 1.0]]), torch.tensor([[2.0, 0.0]])
-    cross_entropy, agree, overlap = distances(states, wanted, torch.eye(2))
-    own, theirs = torch.tensor([0.0, 1.0]).softmax(-1), torch.tensor([2.0, 0.0]).softmax(-1)
-    assert cross_entropy.item() == pytest.approx(-(theirs * own.log()).sum().item(), abs=1e-2)
-    assert agree.item() == 0.0
-    assert overlap.item() == pytest.approx(1 - (own - theirs).abs().sum().item() / 2, abs=1e-2)
+def test_the_loss_and_its_gradient_are_those_of_cross_entropy() -> None:
+    torch.manual_seed(0)
+    states, wanted, head = torch.randn(6, 8, requires_grad=True), torch.randn(6, 8), torch.randn(16, 8)
+    loss = CrossEntropy.apply(states, wanted.bfloat16(), head.bfloat16())
+    (gradient,) = torch.autograd.grad(loss, states)
+    expected = cross_entropy(states @ head.T, (wanted @ head.T).softmax(-1))
+    torch.testing.assert_close(loss, expected, atol=0.02, rtol=0.02)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, states)[0], atol=0.01, rtol=0.05)
+
+
+def test_agreement_and_overlap_by_hand(target: LlamaForCausalLM) -> None:
+    draft = cut(target, [0, 1, 2, 3])
+    text = Text(torch.tensor([1, 2, 3]), torch.randn(3, 32).bfloat16())
+    own = (states_of(draft, [text.tokens]) @ draft.lm_head.weight.T).softmax(-1)
+    theirs = (text.hidden.float() @ draft.lm_head.weight.T).softmax(-1)
+    agreement, overlap = evaluate(draft, [text])
+    assert agreement == pytest.approx((own.argmax(-1) == theirs.argmax(-1)).float().mean().item())
+    assert overlap == pytest.approx(1 - (own - theirs).abs().sum().item() / 6, abs=2e-2)
 
 
 def test_padding_is_left_out(target: LlamaForCausalLM, texts: list[Text]) -> None:
     draft = cut(target, [0, 1, 2, 3])
-    states, wanted = hidden_of(draft, texts)
+    states, wanted = both_states(draft, texts)
     assert len(states) == len(wanted) == sum(len(text.tokens) for text in texts)
-    alone = torch.cat([hidden_of(draft, [text])[0] for text in texts])
+    alone = torch.cat([both_states(draft, [text])[0] for text in texts])
     torch.testing.assert_close(states, alone, atol=0.05, rtol=0.05)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import json
 import os
 import sys
@@ -24,8 +23,9 @@ import check_lossless as check  # noqa: E402
 import harness  # noqa: E402
 import provenance  # noqa: E402
 from bench_rows import add_speedups, summarise, summarise_rounds  # noqa: E402
+from prompts import Prompt  # noqa: E402
 
-CORES = harness.Cores(target=0, draft=1)
+CORES = harness.Cores(target=0, draft=1, available=2)
 
 
 def result(seconds: float, tokens: int, **more: Any) -> harness.GenerationResult:
@@ -68,7 +68,7 @@ SSD_COUNTERS = {
 
 
 def rows_of_a_run() -> list[dict[str, Any]]:
-    """Three repeats on a machine that got slower: absolute speeds vary and ratios do not."""
+    """Three tasks on a machine that got slower: absolute speeds vary and ratios do not."""
     drift = (1.0, 2.0, 4.0)
     rows = [
         summarise(measured("ar", None, [result(6 * d, 100) for d in drift]), 0.0, CORES),
@@ -76,17 +76,19 @@ def rows_of_a_run() -> list[dict[str, Any]]:
         summarise(measured("draft_model", 2, [speculative(3 * d) for d in drift]), 0.0, CORES),
         summarise(measured("ssd", 2, [speculative(2 * d, **SSD_COUNTERS) for d in drift]), 0.0, CORES),
     ]
+    rows = [{"category": "all"} | row for row in rows]
     add_speedups(rows)
     return rows
 
 
-def test_a_row_has_the_median_and_the_spread() -> None:
-    row = summarise(measured("ar", None, [result(1, 10), result(1, 20), result(1, 60)]), 0.0, CORES)
+def test_a_row_is_of_all_tasks_and_has_an_interval() -> None:
+    row = summarise(measured("ar", None, [result(1, 10), result(2, 20), result(1, 60)]), 0.0, CORES)
     assert (row["method"], row["k"], row["batch"], row["temperature"]) == ("ar", None, 1, 0.0)
-    assert row["tok_s"] == row["tok_s_per_core"] == 20
-    assert row["tok_s_spread"] == {"min": 10, "max": 60, "iqr": 25}
-    assert row["tok_s_repeats"] == [10, 20, 60]
+    assert row["tok_s"] == row["tok_s_per_core"] == 22.5
+    assert row["tok_s_interval"] == [10, 60]  # three tasks alike are among a thousand draws of three
+    assert (row["tasks"], row["tokens"]) == (3, 90)
     assert row["target_core_share"] == 0.5
+    assert row["ttft_ms_p50"] is row["ttft_ms_p50_interval"] is None
     assert "acceptance_per_position" not in row
     assert "hit_rate" not in row
 
@@ -120,6 +122,38 @@ def test_an_ssd_row() -> None:
     assert (row["branches"], row["adopted"]) == (300, 30)
 
 
+def test_latencies_are_those_of_a_server() -> None:
+    one = harness.GenerationResult(
+        outputs=[[1] * 5, [1]], output_seconds=[[0.1, 0.2, 0.5], [0.3]], seconds=1, cpu_seconds=1
+    )
+    row = summarise(measured("ar", None, [one]), 0.0, CORES)
+    assert (row["ttft_ms_p50"], row["ttft_ms_p99"]) == (100, 300)
+    assert row["tpot_ms_p50"] == 100  # 0.4 s for the four tokens after the first
+    assert (row["itl_ms_p50"], row["itl_ms_p99"]) == (100, 300)
+
+
+def test_all_cores_are_counted_and_compared_with_one() -> None:
+    one, all_of_them = (bench_rows.Contestant("ar", None, each) for each in (False, True))
+    rows = [
+        {"category": "all"} | summarise(bench_rows.Measurements(each, 1, [result(s, 100)]), 0.0, CORES)
+        for each, s in ((one, 2), (all_of_them, 1))
+    ]
+    add_speedups(rows)
+    assert rows[1]["cores"] == 2
+    assert rows[1]["tok_s_per_core"] == rows[0]["tok_s_per_core"] == 50
+    assert rows[1]["speedup_vs_ar"] == 2
+
+
+def test_each_category_has_figures_of_its_own() -> None:
+    found = bench_rows.Measurements(
+        bench_rows.Contestant("ar", None), 1, [result(1, 10), result(1, 20), result(1, 30)], ["a", "b", "a"]
+    )
+    tokens = {name: summarise(part, 0.0, CORES)["tokens"] for name, part in found.by_category().items()}
+    assert tokens == {"all": 60, "a": 40, "b": 20}
+    found.categories = ["a", "a", "a"]
+    assert list(found.by_category()) == ["all"]
+
+
 def test_one_core_for_both_counts_once() -> None:
     row = summarise(measured("ssd", 2, [speculative(1, **SSD_COUNTERS)]), 0.0, harness.Cores(0, 0))
     assert row["tok_s_per_core"] == row["tok_s"]
@@ -131,11 +165,11 @@ def test_every_counter_that_is_read_exists() -> None:
     assert set(SSD_COUNTERS) <= names
 
 
-def test_speedups_are_taken_within_a_repeat_and_against_the_best_k() -> None:
+def test_speedups_are_those_of_the_same_tasks_and_against_the_best_k() -> None:
     ar, slow, fast, ssd = rows_of_a_run()
     assert "speedup_vs_ar" not in ar
     assert (slow["speedup_vs_ar"], fast["speedup_vs_ar"], ssd["speedup_vs_ar"]) == (1.5, 2, 3)
-    assert ssd["speedup_vs_ar_spread"] == {"min": 3, "max": 3, "iqr": 0}
+    assert ssd["speedup_vs_ar_interval"] == [3, 3]
     assert ssd["speedup_vs_draft_model_best_k"] == 1.5
     assert ssd["draft_model_best_k"] == 2
 
@@ -145,6 +179,7 @@ def test_speedups_compare_equal_batch_sizes_only() -> None:
         summarise(measured("ar", None, [result(1, 10)], batch=4), 0.0, CORES),
         summarise(measured("ssd", 2, [speculative(1, **SSD_COUNTERS)], batch=1), 0.0, CORES),
     ]
+    rows = [{"category": "all"} | row for row in rows]
     add_speedups(rows)
     assert "speedup_vs_ar" not in rows[1]
 
@@ -166,8 +201,30 @@ def test_the_tables_show_every_method() -> None:
 
 
 def test_speculating_methods_get_every_k() -> None:
-    labels = [one.label for one in bench.contestants(["ar", "draft_model", "ssd"], [2, 4])]
-    assert labels == ["ar", "draft_model K=2", "draft_model K=4", "ssd K=2", "ssd K=4"]
+    labels = [one.label for one in bench.contestants(["ar", "draft_model", "ssd", "ssd_planned"], [2, 4])]
+    assert labels == ["ar", "draft_model K=2", "draft_model K=4", "ssd K=2", "ssd K=4", "ssd_planned K=4"]
+    labels = [one.label for one in bench.contestants(["ar", "ngram", "ssd"], [2], all_cores=True)]
+    assert labels == ["ar", "ngram K=2", "ssd K=2", "ar, all cores", "ngram K=2, all cores"]
+
+
+PROMPTS = [Prompt(str(number), "abb"[number % 3], [number]) for number in range(9)]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4, 8])
+def test_every_prompt_is_in_a_group_of_its_category(batch: int) -> None:
+    groups = bench.group_prompts(PROMPTS, batch)
+    assert all(len(group.prompts) == batch for group in groups)
+    for name in "ab":
+        mine = [prompt.token_ids for prompt in PROMPTS if prompt.category == name]
+        grouped = [prompt for group in groups if group.category == name for prompt in group.prompts]
+        assert {prompt[0] for prompt in grouped} == {prompt[0] for prompt in mine}
+        assert len(grouped) == -(-len(mine) // batch) * batch
+
+
+def test_a_turn_has_enough_prompts() -> None:
+    assert list(bench.turns([bench.Group("a", [])] * 10, 1)) == [[*range(8)], [8, 9]]
+    assert list(bench.turns([bench.Group("a", [])] * 3, 4)) == [[0, 1], [2]]
+    assert list(bench.turns([bench.Group("a", [])] * 2, 16)) == [[0], [1]]
 
 
 def test_everyone_begins_a_turn_once() -> None:
@@ -196,22 +253,20 @@ class RecordingEngine:
         return result(1.0, 100)
 
 
-def test_before_each_measurement_the_engine_does_the_like_with_other_prompts(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_before_each_turn_the_engine_does_the_like(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = RecordingEngine()
     monkeypatch.setattr(bench, "running_engines", lambda specs: contextlib.nullcontext([engine]))
-    monkeypatch.setattr(bench, "make_prompts", lambda *args: ([number] for number in itertools.count()))
-    options = {"target": "T", "draft": "D", "methods": ["ar"], "k": [4], "batch": [1, 4], "repeats": 3}
-    more = {"prompts": 1, "prompt_tokens": 8, "out_tokens": 8, "temperature": 0.0}
+    options = {"target": "T", "draft": "D", "methods": ["ar"], "k": [4], "batch": [1, 4], "all_cores": False}
+    more = {"out_tokens": 8, "temperature": 0.0}
     configs: dict[str, Any] = {"ssd_config": {}, "engine_args": {}}
-    bench.Bench(argparse.Namespace(**options, **more, **configs)).run()
-    assert [len(task.prompts) for task in engine.measured] == [1, 4] * 3
-    assert [len(task.prompts) for task in engine.led] == [1, 4] * 3
-    measured_prompts = [prompt for task in engine.measured for (prompt,) in task.prompts]
-    lead_prompts = {prompt for task in engine.led for (prompt,) in task.prompts}
-    assert len(set(measured_prompts)) == len(measured_prompts)  # none that an engine has seen
-    assert not lead_prompts & set(measured_prompts)
+    run = bench.Bench(argparse.Namespace(**options, **more, **configs), PROMPTS)
+    run.run()
+    assert [len(task.prompts) for task in engine.measured] == [1] * 9 + [4] * 3
+    assert [len(task.prompts) for task in engine.led] == [1, 1, 4, 4]  # two turns at each batch size
+    assert all(task.may_end for task in engine.measured)
+    by_category = {(row["category"], row["batch"]): row["tasks"] for row in run.rows()}
+    expected = {("all", 1): 9, ("a", 1): 3, ("b", 1): 6, ("all", 4): 3, ("a", 4): 1, ("b", 4): 2}
+    assert by_category == expected
 
 
 @pytest.mark.parametrize("text", ["", "4,", "0", "-1", "four", "1.5"])
