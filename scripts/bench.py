@@ -51,7 +51,7 @@ PROMPT_SEED = 1  # the check for losslessness uses others; none is used in train
 BLOCK_SIZE = 128  # vLLM's default on the CPU
 SPARE_POSITIONS = 64  # so that no speculation is cut short at the longest length
 
-console = Console(width=None if sys.stdout.isatty() else 100)  # a log has no width of its own
+console = Console(width=None if sys.stdout.isatty() else 120)  # a log has no width of its own
 
 
 def contestants(methods: Sequence[str], ks: Sequence[int], all_cores: bool = False) -> list[Contestant]:

@@ -258,7 +258,7 @@ SPEED_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 SPECULATION_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "batch": SPEED_COLUMNS["batch"],
     "method": SPEED_COLUMNS["method"],
-    "accepted %": lambda row: shown(row["acceptance_per_position"]),
+    "accepted %": lambda row: shown(row.get("acceptance_per_position")),
     "hits": lambda row: shown(row.get("hit_rate")),
     "by k %": lambda row: shown(row.get("hit_rate_by_k")),
     "ssd ms": lambda row: shown(row.get("critical_path_ms_per_round")),
@@ -266,29 +266,40 @@ SPECULATION_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
+CATEGORY_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "batch": SPEED_COLUMNS["batch"],
+    "kind": lambda row: row["category"],
+    **{name: SPEED_COLUMNS[name] for name in ("method", "tok/s", "tok/round", "x ar", "x d_m")},
+    "accepted %": SPECULATION_COLUMNS["accepted %"],
+    "hits": SPECULATION_COLUMNS["hits"],
+}
+
+
 def make_table(
     title: str, columns: dict[str, Callable[[dict[str, Any]], str]], rows: list[dict[str, Any]]
 ) -> Table:
-    """Rows in the order given, a rule between batch sizes."""
+    """Rows in the order given, a rule between batch sizes and between categories."""
     table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", pad_edge=False, collapse_padding=True)
     for heading in columns:
         table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for row, following in zip(rows, [*rows[1:], rows[-1]], strict=True):
         table.add_row(
-            *(cell(row) for cell in columns.values()), end_section=row["batch"] != following["batch"]
+            *(cell(row) for cell in columns.values()),
+            end_section=any(row[key] != following[key] for key in ("batch", "category")),
         )
     return table
 
 
 def print_tables(console: Console, rows: list[dict[str, Any]]) -> None:
     """The figures that matter most; the JSON file has all."""
-    for category in dict.fromkeys(row["category"] for row in rows):
-        mine = [row for row in rows if row["category"] == category]
-        what = "" if category == "all" else f", {category}"
-        console.print(make_table(f"Speed{what}", SPEED_COLUMNS, mine))
-        speculating = [row for row in mine if row["k"] is not None]
-        if speculating:
-            console.print(make_table(f"Speculation{what}", SPECULATION_COLUMNS, speculating))
+    overall = [row for row in rows if row["category"] == "all"]
+    console.print(make_table("Speed", SPEED_COLUMNS, overall))
+    speculating = [row for row in overall if row["k"] is not None]
+    if speculating:
+        console.print(make_table("Speculation", SPECULATION_COLUMNS, speculating))
+    if len(overall) < len(rows):
+        ordered = sorted(rows, key=lambda row: (row["batch"], row["category"]))
+        console.print(make_table("By kind of prompt", CATEGORY_COLUMNS, ordered))
     console.print(
         "95 %: bootstrap interval over prompts. x ar, x d_m: speed relative to no speculation and to "
         "draft_model at its best K, with the target on the same core. accepted: at each "
