@@ -86,7 +86,7 @@ def turns(groups: Sequence[Group], batch: int) -> Iterator[list[int]]:
     """Yield the indices of the groups that an engine works off in one turn."""
     size = -(-TURN_PROMPTS // batch)
     for start in range(0, len(groups), size):
-        yield list(range(len(groups)))[start : start + size]
+        yield list(range(start, min(start + size, len(groups))))
 
 
 def turn_order(count: int, turn: int) -> list[int]:
@@ -164,9 +164,8 @@ class Bench:
 
     def _spec(self, contestant: Contestant) -> EngineSpec:
         args = self._args
-        more = (
-            {"dtype": "auto"} | room_for(max(args.batch), self._longest + args.out_tokens) | args.engine_args
-        )
+        room = room_for(max(args.batch), self._longest + args.out_tokens)
+        more = {"dtype": "auto"} | room | args.engine_args
         return EngineSpec(
             contestant.label,
             engine_args(
@@ -223,7 +222,7 @@ def parse_arguments() -> argparse.Namespace:
         default=DEFAULT_PROMPTS,
         help="JSON lines: Spec-Bench's, or a prompt each",
     )
-    add("--per-category", type=parse_number, help="the first prompts of each category (default: all)")
+    add("--per-category", type=parse_number, help="so many of each category, evenly spaced (default: all)")
     add("--prompt-tokens", type=parse_number, default=2048, help="leave longer prompts out (default: 2048)")
     add("--all-cores", action="store_true", help="also methods without a draft process on all cores")
     add("--ssd-config", type=parse_object, default="{}", help="further SSD options, as JSON")

@@ -116,9 +116,9 @@ def summarise(measured: Measurements, temperature: float, cores: Cores) -> dict[
         **summarise_latency(results, weights),
     }
     if contestant.k is not None:
-        row |= summarise_acceptance(results, contestant.k)
+        row |= summarise_acceptance(results, contestant.k, weights)
         if contestant.method in SSD_METHODS:
-            row |= summarise_ssd(results, contestant.k) | summarise_rounds(results, measured.batch)
+            row |= summarise_ssd(results, contestant.k, weights) | summarise_rounds(results, measured.batch)
     return row
 
 
@@ -146,14 +146,13 @@ def summarise_latency(results: Sequence[GenerationResult], weights: np.ndarray) 
     return found
 
 
-def summarise_acceptance(results: Sequence[GenerationResult], k: int) -> dict[str, Any]:
+def summarise_acceptance(results: Sequence[GenerationResult], k: int, weights: np.ndarray) -> dict[str, Any]:
     """How often the draft token at each position was accepted, of those that were verified there.
 
     A token counts as accepted only if all before it were, as in vLLM's own metric.
     """
     drafted = [sum(result.drafted_per_position[i] for result in results) for i in range(k)]
     accepted = [sum(result.accepted_per_position[i] for result in results) for i in range(k)]
-    weights = draw_weights(len(results))
     first = [
         [result.accepted_per_position[0] for result in results],
         [result.drafted_per_position[0] for result in results],
@@ -181,7 +180,7 @@ def summarise_rounds(results: Sequence[GenerationResult], batch: int) -> dict[st
     }
 
 
-def summarise_ssd(results: Sequence[GenerationResult], k: int) -> dict[str, Any]:
+def summarise_ssd(results: Sequence[GenerationResult], k: int, weights: np.ndarray) -> dict[str, Any]:
     """What SSD's own counters say, prefill included; times in milliseconds."""
     totals: defaultdict[str, int] = defaultdict(int)
     for result in results:
@@ -190,7 +189,7 @@ def summarise_ssd(results: Sequence[GenerationResult], k: int) -> dict[str, Any]
     rounds, steps = totals["rounds"], totals["draft.steps"]
     hits = [[result.ssd[name] for result in results] for name in ("hits", "lookups")]
     return {
-        **with_interval("hit_rate", ratios(draw_weights(len(results)), *hits)),
+        **with_interval("hit_rate", ratios(weights, *hits)),
         "hit_rate_by_k": [ratio(totals[f"hits_k{i}"], totals[f"lookups_k{i}"]) for i in range(k + 1)],
         "lookups_by_k": [totals[f"lookups_k{i}"] for i in range(k + 1)],
         "late": totals["late"],

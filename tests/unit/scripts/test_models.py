@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parents[3] / "scripts"))
-
-import models
+from scripts import models
 
 
 def tiny(path: Path, layers: int, seed: int) -> dict[str, torch.Tensor]:
@@ -31,7 +29,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict, dict
     target, trained = tiny(tmp_path / "target", 5, 0), tiny(tmp_path / "trained", 2, 1)
     (tmp_path / "target" / "tokenizer_config.json").write_text("{}")
     monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", lambda path: Tokenizer())
-    models.pack(tmp_path / "trained", tmp_path / "layers.safetensors")
+    models.pack_layers(tmp_path / "trained", tmp_path / "layers.safetensors")
     monkeypatch.setattr(models, "DRAFT", tmp_path / "layers.safetensors")
     models.write_smollm2(tmp_path)  # the target is there: no network
     return target, trained, AutoModelForCausalLM.from_pretrained(tmp_path / "draft").state_dict()
@@ -61,8 +59,8 @@ def test_the_written_draft_has_the_trained_layers_and_the_targets_frame(
 
 def test_only_layers_are_packed_and_matrices_take_a_byte_a_weight(tmp_path: Path) -> None:
     state = tiny(tmp_path / "draft", 2, 1)
-    models.pack(tmp_path / "draft", tmp_path / "file")
-    packed = models.load_file(tmp_path / "file")
+    models.pack_layers(tmp_path / "draft", tmp_path / "file")
+    packed = load_file(tmp_path / "file")
     for name, tensor in packed.items():
         assert name.startswith(models.LAYERS)
         if name in state and state[name].ndim == 2:
@@ -77,6 +75,6 @@ def test_a_second_run_finds_the_work_done(written: tuple[dict, dict, dict], tmp_
 
 def test_layers_of_another_model_are_refused(tmp_path: Path) -> None:
     tiny(tmp_path / "target", 3, 0)
-    models.save_file({"model.layers.0.other.weight": torch.zeros(2)}, tmp_path / "layers")
+    save_file({"model.layers.0.other.weight": torch.zeros(2)}, tmp_path / "layers")
     with pytest.raises(ValueError, match="other"):
         models.write_draft(tmp_path / "target", tmp_path / "layers", tmp_path / "draft")
